@@ -1,0 +1,34 @@
+"""The one console command, `nextvec`. Verbs live in this folder's modules; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from nextvec.errors import UserError
+
+app = typer.Typer(
+    name="nextvec",
+    help="Train, score, sample and serve continuous autoregressive language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence on stderr and exit status 2, never a traceback."""
+    from nextvec.cli import commands  # noqa: F401  (registers the verbs)
+
+    try:
+        app()
+    except UserError as error:
+        print(f"nextvec: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("nextvec: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"nextvec: {error}", file=sys.stderr)
+        sys.exit(1)

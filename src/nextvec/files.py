@@ -1,0 +1,99 @@
+"""Whole-or-nothing file writing: a temporary name in the same folder, fsync, then rename.
+
+A reader never sees half a file, and a full disk leaves the previous file as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from nextvec.errors import DataError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`.
+
+    Raises DataError when the disk is full; `path` keeps what it held before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Like `open(path, mode)` for writing a whole new file, but whole or nothing."""
+    with atomic_path(path) as temporary:
+        encoding = None if "b" in mode else "utf-8"
+        with open(temporary, mode, encoding=encoding) as handle:
+            yield handle
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or nothing."""
+    with atomic_open(path) as handle:
+        json.dump(value, handle, indent=2, allow_nan=False)
+        handle.write("\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read JSON; DataError names `what` and the path when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{what} {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{what} {path} cannot be read: {error}") from None
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """Turn a full disk into one clear sentence; any other OSError is returned unchanged."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DataError(
+            f"the disk is full: {path} was not written and its previous version is kept; "
+            "free some space and run the same command again"
+        )
+    return error
+
+
+def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Hex SHA-256 of a file, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make the rename itself durable where the system allows a folder to be fsynced."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

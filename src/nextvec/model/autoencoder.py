@@ -1,0 +1,129 @@
+"""Patch autoencoder: K tokens <-> one latent (paper section 3.1; method in docs/method.md).
+
+Encoder: embed -> residual SwiGLU per token -> concatenate K -> linear -> residual SwiGLU -> RMSNorm -> (mean, log_std).
+Decoder: linear -> residual SwiGLU -> linear -> split into K -> residual SwiGLU -> RMSNorm -> tied logits.
+
+Legend: N patches (any leading dimensions), K tokens per patch, D width d, L latent, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextvec.config import AutoencoderConfig
+from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
+from nextvec.model.layers import ResidualMLP
+
+
+class Posterior(NamedTuple):
+    """The teacher: a diagonal normal over latents, both (..., L) in float32 (float64 for a float64 model)."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw mean + std * eps, (..., L)."""
+        eps = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.log_std.exp() * eps
+
+
+class Autoencoder(nn.Module):
+    """Context-free patch autoencoder. `encode` and `decode` are deterministic; noise and dropout live in `loss`."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        half, width = config.layers // 2, config.width
+        blocks = [ResidualMLP(width, config.inner, config.norm_eps) for _ in range(2 * config.layers)]
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.token_encoder = nn.ModuleList(blocks[:half])
+        self.squeeze = nn.Linear(config.patch_size * width, width)
+        self.patch_encoder = nn.ModuleList(blocks[half : 2 * half])
+        self.encoder_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.to_latent = nn.Linear(width, 2 * config.latent)
+        self.from_latent = nn.Linear(config.latent, width)
+        self.patch_decoder = nn.ModuleList(blocks[2 * half : 3 * half])
+        self.expand = nn.Linear(width, config.patch_size * width)
+        self.token_decoder = nn.ModuleList(blocks[3 * half :])
+        self.decoder_norm = nn.RMSNorm(width, eps=config.norm_eps)
+
+    def encode(self, ids_NK: Tensor) -> Posterior:
+        """Posterior of each patch: ids (..., K) int64 -> mean and log_std (..., L)."""
+        x = self.embedding(ids_NK)
+        for block in self.token_encoder:
+            x = block(x)
+        x = self.squeeze(x.flatten(-2))
+        for block in self.patch_encoder:
+            x = block(x)
+        both = self.to_latent(self.encoder_norm(x))
+        if both.dtype != torch.float64:
+            both = both.float()
+        mean, log_std = both.chunk(2, dim=-1)
+        return Posterior(mean, log_std)
+
+    def decode_hidden(self, z_NL: Tensor) -> Tensor:
+        """Last hidden states (..., K, D): the logits are their product with the embedding matrix."""
+        x = self.from_latent(z_NL.to(self.from_latent.weight.dtype))
+        for block in self.patch_decoder:
+            x = block(x)
+        x = self.expand(x).unflatten(-1, (self.config.patch_size, self.config.width))
+        for block in self.token_decoder:
+            x = block(x)
+        return self.decoder_norm(x)
+
+    def decode(self, z_NL: Tensor) -> Tensor:
+        """Logits (..., K, V) of latents (..., L)."""
+        return F.linear(self.decode_hidden(z_NL), self.embedding.weight)
+
+    def decode_tokens(self, z_NL: Tensor) -> Tensor:
+        """Most likely token at each place, (..., L) -> (..., K) int64; logits exist for one chunk of rows at a time."""
+        flat = z_NL.flatten(0, -2)
+        rows = max(1, 4 * CHUNK_ELEMENTS // (self.config.vocab_size * self.config.patch_size))
+        parts = [self.decode(chunk).argmax(-1) for chunk in flat.split(rows)]
+        return torch.cat(parts).unflatten(0, z_NL.shape[:-1])
+
+    def loss(self, ids_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Training loss per patch: K * cross-entropy + beta * sum_i max(clip, KL_i), twin dropout on (spec section 1).
+
+        ids (N, K). Returns the scalar loss (nats per patch) and metrics: cross_entropy (nats per token), accuracy
+        (share of tokens, with noise and dropout), kl (nats per patch, unclipped), sigma (mean posterior std).
+        """
+        config = self.config
+        dropped = _bernoulli(ids_NK.shape, config.token_dropout, ids_NK.device, generator)
+        posterior = self.encode(ids_NK.masked_fill(dropped, config.mask_id))
+        kl_NL = gaussian_kl(posterior)
+        z = posterior.sample(generator)
+        keep = 1.0 - config.latent_dropout
+        z = z.masked_fill(_bernoulli(z.shape, config.latent_dropout, z.device, generator), 0.0) / keep
+        hidden = self.decode_hidden(z)
+        cross_entropy, accuracy = linear_cross_entropy(hidden.flatten(0, -2), self.embedding.weight, ids_NK.reshape(-1))
+        clipped = kl_NL.clamp(min=config.kl_clip).sum(-1).mean()
+        loss = config.patch_size * cross_entropy + config.kl_weight * clipped
+        metrics = {
+            "cross_entropy": cross_entropy.detach(),
+            "accuracy": accuracy.detach(),
+            "kl": kl_NL.detach().sum(-1).mean(),
+            "sigma": posterior.log_std.detach().exp().mean(),
+        }
+        return loss, metrics
+
+    def compile_regions(self) -> list[nn.Module]:
+        """The repeated blocks, for regional compilation."""
+        return [*self.token_encoder, *self.patch_encoder, *self.patch_decoder, *self.token_decoder]
+
+
+def gaussian_kl(posterior: Posterior) -> Tensor:
+    """KL(N(mean, std^2) || N(0, 1)) per dimension in nats, (..., L)."""
+    mean, log_std = posterior
+    return 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0 - 2.0 * log_std)
+
+
+def _bernoulli(shape: torch.Size, rate: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """True with probability `rate`."""
+    if rate == 0.0:
+        return torch.zeros(shape, dtype=torch.bool, device=device)
+    return torch.rand(shape, device=device, generator=generator) < rate

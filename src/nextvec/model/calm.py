@@ -1,0 +1,140 @@
+"""CALM: tokens of patch i -> compressor -> causal Transformer -> state -> head -> latent of patch i + 1 -> tokens.
+
+    ids_BPK -> embedding, compressor -> x_BPD -> backbone -> state_BPD -> head -> draws_SBPL -> autoencoder -> tokens_SBPK
+
+The autoencoder is part of the model and frozen; the input is the discrete tokens, not the latent (paper section 3.3).
+Legend: B batch, P patches, K tokens per patch, D width, L latent, S draws, V vocabulary, N any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nextvec.config import CalmConfig
+from nextvec.model.autoencoder import Autoencoder, Posterior
+from nextvec.model.backbone import Backbone, KVCache, Trunk
+from nextvec.model.heads.energy import EnergyHead
+from nextvec.model.init import initialise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nextvec.text.tokenizer import Tokenizer
+
+COMPRESSOR_EPS = 1e-6  # LayerNorm epsilon of the authors' code
+
+
+class Compressor(nn.Module):
+    """K token embeddings concatenated -> linear -> SiLU -> linear -> LayerNorm: (..., K) ids -> (..., D)."""
+
+    def __init__(self, vocab_size: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.project = nn.Sequential(
+            nn.Linear(patch_size * width, 2 * width),
+            nn.SiLU(),
+            nn.Linear(2 * width, width),
+            nn.LayerNorm(width, eps=COMPRESSOR_EPS),
+        )
+
+    def forward(self, ids_NK: Tensor) -> Tensor:
+        return self.project(self.embedding(ids_NK).flatten(-2))
+
+
+class Calm(nn.Module):
+    """The whole model. Constructing it does no I/O; pass a trained `autoencoder` or load a run directory."""
+
+    def __init__(
+        self, config: CalmConfig, autoencoder: Autoencoder | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        width = config.backbone.width
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
+        self.compressor = Compressor(config.vocab_size, config.patch_size, width)
+        self.backbone = Backbone(config.backbone)
+        self.head = EnergyHead(config.head, width, config.autoencoder.latent)
+        if generator is not None:
+            initialise(self, generator)
+        self.autoencoder = autoencoder if autoencoder is not None else Autoencoder(config.autoencoder)
+        if self.autoencoder.config != config.autoencoder:
+            raise ValueError("the autoencoder given has another configuration than config.autoencoder")
+        self.autoencoder.requires_grad_(False)
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.patch_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.compressor.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compressor.embedding.weight.dtype
+
+    def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Backbone states (B, P, D) of patches (B, P, K); the state at p predicts patch p + 1."""
+        return self.backbone(self.compressor(ids_BPK), cache)
+
+    def new_cache(self, rows: int, patches: int) -> KVCache:
+        """An empty cache for `rows` sequences of at most `patches` patches."""
+        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype)
+
+    def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
+        """States and what branches attend to (see Backbone.branch)."""
+        return self.backbone.trunk(self.compressor(ids_BPK))
+
+    def branch(self, ids_BPK: Tensor, trunk: Trunk) -> tuple[Tensor, Trunk]:
+        """States (B, P, D) after appending patch ids[:, p] to trunk patches 0..p, for every p at once."""
+        return self.backbone.branch(self.compressor(ids_BPK), trunk)
+
+    def draw_latents(self, state_ND: Tensor, draws: int, generator: torch.Generator | None = None) -> Tensor:
+        """S latents (S, ..., L) for states (..., D): the model's predictive distribution of the next patch."""
+        return self.head.draw(state_ND, draws, generator)
+
+    def draw_tokens(self, state_ND: Tensor, draws: int, generator: torch.Generator | None = None) -> Tensor:
+        """S patches (S, ..., K) int64: latents drawn, then decoded by the most likely token at each place."""
+        return self.autoencoder.decode_tokens(self.draw_latents(state_ND, draws, generator))
+
+    @torch.no_grad()
+    def teacher(self, ids_NK: Tensor) -> Posterior:
+        """The frozen autoencoder's posterior of the target patches: the distribution that the head learns."""
+        return self.autoencoder.encode(ids_NK)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; the frozen autoencoder stays in evaluation mode."""
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    def compile_regions(self) -> list[nn.Module]:
+        """The repeated blocks, for regional compilation."""
+        return [*self.backbone.blocks, *self.head.compile_regions(), *self.autoencoder.compile_regions()]
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Calm:
+        """Load a run directory (config.yaml, model.safetensors, tokenizer.json). Raises DataError, ConfigError."""
+        from nextvec.rundir import load_model
+
+        return load_model(path, cls, device, dtype)
+
+    def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
+        """Text patch by patch; keyword arguments as `nextvec.sampling.generate.stream_text`."""
+        from nextvec.sampling.generate import stream_text
+
+        return stream_text(self, prompt, **sampling)
+
+    def generate(self, prompt: str, **sampling: Any) -> str:
+        """The whole continuation as one string; keyword arguments as `stream`."""
+        return "".join(self.stream(prompt, **sampling))

@@ -1,0 +1,76 @@
+"""Energy head: one network pass turns uniform noise and a backbone state into a draw (spec section 3).
+
+Legend: S draws, N positions (any leading dimensions), D width, L latent, R noise dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextvec.config import EnergyHeadConfig
+
+EPS = 1e-6  # LayerNorm epsilon of the authors' code
+
+
+class EnergyBlock(nn.Module):
+    """x + down(silu(g) * u), (g, u) = split(l3(silu(l2(silu(l1([LayerNorm(x); c])))))), all with biases.
+
+    l1 is kept as its two halves: `from_draw` on x (with the bias) and `from_state` on c. The half on c is the same for all
+    draws, so it runs once per position instead of once per draw: the same function, D^2 fewer multiply-adds per draw.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.from_draw = nn.Linear(width, width)
+        self.from_state = nn.Linear(width, width, bias=False)
+        self.middle = nn.Linear(width, width)
+        self.gate_up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x_SND: Tensor, state_ND: Tensor) -> Tensor:
+        """`state_ND` is the state's share of l1, already multiplied by `from_state`."""
+        hidden = F.silu(self.from_draw(self.norm(x_SND)) + state_ND)
+        gate, up = self.gate_up(F.silu(self.middle(hidden))).chunk(2, dim=-1)
+        return x_SND + self.down(F.silu(gate) * up)
+
+
+class EnergyHead(nn.Module):
+    """Draws latents from an implicit distribution given the state."""
+
+    def __init__(self, config: EnergyHeadConfig, width: int, latent: int) -> None:
+        super().__init__()
+        self.config = config
+        self.noise_in = nn.Linear(config.noise, width)
+        self.noise_norm = nn.LayerNorm(width, eps=EPS)
+        self.state_in = nn.Linear(width, width)
+        self.state_norm = nn.LayerNorm(width, eps=EPS)
+        self.blocks = nn.ModuleList(EnergyBlock(width) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.out_in = nn.Linear(width, width)
+        self.out = nn.Linear(width, latent)
+
+    def zero_initialised(self) -> list[nn.Parameter]:
+        return [self.out.weight]
+
+    def forward(self, state_ND: Tensor, noise_SNR: Tensor) -> Tensor:
+        """Draws (S, ..., L) for states (..., D) and noise (S, ..., R) in [-0.5, 0.5]."""
+        x = self.noise_norm(self.noise_in(noise_SNR))
+        state = self.state_norm(self.state_in(state_ND))
+        for block in cast("list[EnergyBlock]", self.blocks):
+            x = block(x, block.from_state(state))
+        return self.out(F.silu(self.out_in(self.norm(x))))
+
+    def draw(self, state_ND: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+        """S independent draws, (S, ..., L), for states (..., D)."""
+        shape = (draws, *state_ND.shape[:-1], self.config.noise)
+        dtype = self.noise_in.weight.dtype
+        noise = torch.rand(shape, generator=generator, device=state_ND.device, dtype=dtype) - 0.5
+        return self.forward(state_ND.to(dtype), noise)
+
+    def compile_regions(self) -> list[nn.Module]:
+        return list(self.blocks)

@@ -1,0 +1,43 @@
+"""What evaluation and generation need of a language model; CALM (K tokens a step) and the token baseline (K = 1) both have it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nextvec.model.backbone import KVCache, Trunk
+
+
+class LanguageModel(Protocol):
+    """Predicts the next patch from the patches so far. Legend: B batch, P patches, K tokens per patch, D width, S draws."""
+
+    @property
+    def patch_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, rows: int, patches: int) -> KVCache:
+        """An empty key/value cache for `rows` sequences of at most `patches` patches."""
+        ...
+
+    def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, P, K) int64 -> (B, P, D); the state at p predicts patch p + 1."""
+        ...
+
+    def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
+        """States, and the keys and values that branches attend to."""
+        ...
+
+    def branch(self, ids_BPK: Tensor, trunk: Trunk) -> tuple[Tensor, Trunk]:
+        """At every position p at once: the state after trunk patches 0..p, earlier branches, and the given patch."""
+        ...
+
+    def draw_tokens(self, state_ND: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+        """S independent patches (S, ..., K) int64 for states (..., D), at temperature 1."""
+        ...

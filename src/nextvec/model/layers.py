@@ -1,0 +1,92 @@
+"""Building blocks shared by the autoencoder, the backbone and the baseline.
+
+Legend: B batch, P positions (patches, or tokens for the baseline), D width, H heads, E head dimension, N any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextvec.config import BackboneConfig
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases; gate and up are one matrix, so one product."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)  # rows: gate, then up
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_ND).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ResidualMLP(nn.Module):
+    """x + mlp(rmsnorm(x)): the autoencoder's block (spec section 1)."""
+
+    def __init__(self, width: int, inner: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=eps)
+        self.mlp = SwiGLU(width, inner)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return x_ND + self.mlp(self.norm(x_ND))
+
+
+def rotary_table(positions_P: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (P, E/2), angles in float64 so that no precision is lost at any position."""
+    half = torch.arange(0, head_dim, 2, device=positions_P.device, dtype=torch.float64) / head_dim
+    angles = positions_P.to(torch.float64)[:, None] * base**-half
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BPHE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
+    """Rotary position embedding, half-split (Llama's layout)."""
+    first, second = x_BPHE.chunk(2, dim=-1)
+    cos, sin = cos_PE[:, None, :], sin_PE[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, no biases. Query, key and value are one matrix."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.key_value_heads, config.head_dim
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def project(self, x_BPD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated query (B, H, P, E), rotated key and value (B, H_kv, P, E)."""
+        qkv = self.qkv(x_BPD).unflatten(-1, (-1, self.head_dim))
+        rotated = rotate(qkv[..., : self.heads + self.kv_heads, :], cos, sin)
+        query, key = rotated.split((self.heads, self.kv_heads), dim=-2)
+        value = qkv[..., self.heads + self.kv_heads :, :]
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Attention output (B, P, D) before nothing else: softmax(q k^T / sqrt(E)) v, then the output matrix."""
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
+        )
+        return self.out(mixed.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: attention, then SwiGLU."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.width, config.inner)
+
+    def forward(self, x_BPD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        query, key, value = self.attention.project(self.attention_norm(x_BPD), cos, sin)
+        x_BPD = x_BPD + self.attention.attend(query, key, value, None, True)
+        return x_BPD + self.mlp(self.mlp_norm(x_BPD))

@@ -1,0 +1,105 @@
+"""The baseline: a token-level Llama-style Transformer on the same blocks, with exact probabilities.
+
+Legend: B batch, P positions, D width, V vocabulary, S draws, N any leading dimensions. A token is a patch of K = 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextvec.config import TokenLMConfig
+from nextvec.model.backbone import Backbone, KVCache, Trunk
+from nextvec.model.init import initialise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nextvec.text.tokenizer import Tokenizer
+
+
+class TokenLM(nn.Module):
+    """Embedding -> backbone -> logits; untied input and output embeddings (the paper's 281M count needs both)."""
+
+    def __init__(self, config: TokenLMConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
+        self.embedding = nn.Embedding(config.vocab_size, config.backbone.width)
+        self.backbone = Backbone(config.backbone)
+        self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)
+        if generator is not None:
+            initialise(self, generator)
+
+    @property
+    def patch_size(self) -> int:
+        return 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Backbone states (B, P, D) of tokens (B, P, 1); the state at p predicts token p + 1."""
+        return self.backbone(self.embedding(ids_BPK[..., 0]), cache)
+
+    def new_cache(self, rows: int, patches: int) -> KVCache:
+        """An empty cache for `rows` sequences of at most `patches` tokens."""
+        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype)
+
+    def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
+        """States and what branches attend to (see Backbone.branch)."""
+        return self.backbone.trunk(self.embedding(ids_BPK[..., 0]))
+
+    def branch(self, ids_BPK: Tensor, trunk: Trunk) -> tuple[Tensor, Trunk]:
+        """States (B, P, D) after appending token ids[:, p] to trunk tokens 0..p, for every p at once."""
+        return self.backbone.branch(self.embedding(ids_BPK[..., 0]), trunk)
+
+    def logits(self, state_ND: Tensor) -> Tensor:
+        """Next-token logits (..., V)."""
+        return F.linear(state_ND.to(self.output.weight.dtype), self.output.weight)
+
+    def draw_tokens(
+        self, state_ND: Tensor, draws: int, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """S independent tokens (S, ..., 1) from softmax(logits / temperature)."""
+        logits = self.logits(state_ND).flatten(0, -2)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        probabilities = torch.softmax(wide / temperature, dim=-1)
+        picked = torch.multinomial(probabilities, draws, replacement=True, generator=generator)
+        return picked.T.reshape(draws, *state_ND.shape[:-1], 1)
+
+    def compile_regions(self) -> list[nn.Module]:
+        """The repeated blocks, for regional compilation."""
+        return list(self.backbone.blocks)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TokenLM:
+        """Load a run directory (config.yaml, model.safetensors, tokenizer.json). Raises DataError, ConfigError."""
+        from nextvec.rundir import load_model
+
+        return load_model(path, cls, device, dtype)
+
+    def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
+        """Text token by token; keyword arguments as `nextvec.sampling.generate.stream_text`."""
+        from nextvec.sampling.generate import stream_text
+
+        return stream_text(self, prompt, **sampling)
+
+    def generate(self, prompt: str, **sampling: Any) -> str:
+        """The whole continuation as one string; keyword arguments as `stream`."""
+        return "".join(self.stream(prompt, **sampling))
