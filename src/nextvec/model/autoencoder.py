@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nextvec.config import AutoencoderConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
-from nextvec.model.layers import ResidualMLP
+from nextvec.model.layers import ResidualMLP, RMSNorm
 
 
 class Posterior(NamedTuple):
@@ -43,13 +43,13 @@ class Autoencoder(nn.Module):
         self.token_encoder = nn.ModuleList(blocks[:half])
         self.squeeze = nn.Linear(config.patch_size * width, width)
         self.patch_encoder = nn.ModuleList(blocks[half : 2 * half])
-        self.encoder_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.encoder_norm = RMSNorm(width, eps=config.norm_eps)
         self.to_latent = nn.Linear(width, 2 * config.latent)
         self.from_latent = nn.Linear(config.latent, width)
         self.patch_decoder = nn.ModuleList(blocks[2 * half : 3 * half])
         self.expand = nn.Linear(width, config.patch_size * width)
         self.token_decoder = nn.ModuleList(blocks[3 * half :])
-        self.decoder_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.decoder_norm = RMSNorm(width, eps=config.norm_eps)
 
     def encode(self, ids_NK: Tensor) -> Posterior:
         """Posterior of each patch: ids (..., K) int64 -> mean and log_std (..., L)."""

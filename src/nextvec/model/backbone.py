@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nextvec.config import BackboneConfig
-from nextvec.model.layers import Block, rotary_table
+from nextvec.model.layers import Block, RMSNorm, rotary_table
 
 
 class KVCache:
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(self, x_BPD: Tensor, cache: KVCache | None = None) -> Tensor:
         """States of all positions; with a cache, the positions follow those cached and are appended to it."""

@@ -15,12 +15,7 @@ STD = 0.02
 @torch.no_grad()
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Fill all parameters of `module` in registration order from `generator`."""
-    zero = {
-        id(parameter)
-        for part in module.modules()
-        if hasattr(part, "zero_initialised")
-        for parameter in part.zero_initialised()
-    }
+    zero = {id(parameter) for part in module.modules() for parameter in getattr(part, "zero_initialised", list)()}
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             if id(part.weight) in zero:

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from nextvec.config import BackboneConfig
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight takes the input's dtype, so that the fused kernel also serves bfloat16 activations."""
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return F.rms_norm(x_ND, self.normalized_shape, self.weight.to(x_ND.dtype), self.eps)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases; gate and up are one matrix, so one product."""
 
@@ -30,7 +37,7 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=eps)
+        self.norm = RMSNorm(width, eps=eps)
         self.mlp = SwiGLU(width, inner)
 
     def forward(self, x_ND: Tensor) -> Tensor:
@@ -81,9 +88,9 @@ class Block(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config.width, config.inner)
 
     def forward(self, x_BPD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class EnergyHead(nn.Module):
         self.out_in = nn.Linear(width, width)
         self.out = nn.Linear(width, latent)
 
-    def zero_initialised(self) -> list[nn.Parameter]:
+    def zero_initialised(self) -> list[Tensor]:
+        """Parameters that start at 0, so that all draws coincide at step 0 (authors' code)."""
         return [self.out.weight]
 
     def forward(self, state_ND: Tensor, noise_SNR: Tensor) -> Tensor:

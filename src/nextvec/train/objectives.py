@@ -1,0 +1,168 @@
+"""What is minimised, for each kind of run, as one module whose forward is the loss (so that DDP and accelerate can wrap it).
+
+Legend: B rows, T tokens per row, P patches, K tokens per patch, D width, S draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nextvec.config import AutoencoderRun, CalmRun, EnergySettings, RecipeSettings, RunConfig, TokenLMRun
+from nextvec.errors import ConfigError
+from nextvec.model.autoencoder import Autoencoder
+from nextvec.model.calm import Calm
+from nextvec.model.cross_entropy import linear_cross_entropy
+from nextvec.model.init import initialise
+from nextvec.model.token_lm import TokenLM
+from nextvec.rundir import build_model, save_run
+from nextvec.scoring.energy import energy_score_loss
+from nextvec.text.tokenizer import Tokenizer
+from nextvec.train.auxiliary import NextPatchTokens, auxiliary_scale
+
+Metrics = dict[str, Tensor]
+
+
+class AutoencoderTraining(nn.Module):
+    """Reconstruction and clipped KL of every patch of a window; patches are independent of each other."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
+        return self.model.loss(ids_BT.reshape(-1, self.model.config.patch_size), generator)
+
+
+class CalmTraining(nn.Module):
+    """Energy loss of patches 2..P given the patches before; recipe `fast` adds the auxiliary cross-entropy."""
+
+    def __init__(self, model: Calm, energy: EnergySettings, recipe: RecipeSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.energy = energy
+        self.recipe = recipe
+        width = model.config.backbone.width
+        self.auxiliary = NextPatchTokens(model.vocab_size, model.patch_size, width) if recipe.name == "fast" else None
+
+    def forward(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
+        ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
+        state_BPD, target_BPK = self.model.states(ids_BPK[:, :-1]), ids_BPK[:, 1:]
+        loss, metrics = self.energy_terms(state_BPD, target_BPK, generator)
+        if self.auxiliary is not None:
+            scale = self.recipe.auxiliary_weight * auxiliary_scale(progress, self.recipe.auxiliary_until)
+            if scale > 0.0:
+                auxiliary = self.auxiliary(state_BPD.flatten(0, 1), target_BPK.flatten(0, 1))
+                loss = loss + scale * auxiliary
+                metrics["auxiliary"] = auxiliary.detach()
+        return loss, metrics
+
+    def energy_terms(
+        self, state_BPD: Tensor, target_BPK: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Metrics]:
+        """Mean energy loss, and its two terms apart (a plateau shows in them, spec section 8)."""
+        teacher = self.model.teacher(target_BPK)
+        draws_SBPL = self.model.draw_latents(state_BPD, self.energy.draws, generator)
+        score = energy_score_loss(draws_SBPL, teacher.mean, teacher.log_std, self.energy, generator)
+        metrics = {
+            "energy": score.loss.detach().mean(),
+            "fidelity": score.fidelity.detach().mean(),
+            "diversity": score.diversity.detach().mean(),
+        }
+        return score.loss.mean(), metrics
+
+
+class TokenLMTraining(nn.Module):
+    """Next-token cross-entropy."""
+
+    def __init__(self, model: TokenLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
+        state_BTD = self.model.states(ids_BT[:, :-1, None])
+        loss, accuracy = linear_cross_entropy(
+            state_BTD.flatten(0, 1), self.model.output.weight, ids_BT[:, 1:].reshape(-1)
+        )
+        return loss, {"cross_entropy": loss.detach(), "accuracy": accuracy.detach()}
+
+
+class Objective:
+    """One run's training module, its held-out measurement and its export."""
+
+    def __init__(self, config: RunConfig, module: nn.Module, model: nn.Module, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.module: Any = module  # the loop may put a wrapper (DDP) here; `model` stays the bare model
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def loss(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
+        """Scalar loss and detached metrics, without a host synchronisation. `progress` in [0, 1) of training."""
+        result: tuple[Tensor, Metrics] = self.module(ids_BT, generator, progress)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> dict[str, float]:
+        """Mean training metrics over held-out batches of ids (B, T); for CALM also the conditioning gap."""
+        self.module.eval()
+        sums: dict[str, float] = {}
+        count = 0
+        for ids_BT in batches:
+            _, metrics = self.loss(ids_BT, generator, 0.0)
+            if isinstance(self.model, Calm):
+                metrics["conditioning_gap"] = self._conditioning_gap(ids_BT, metrics["energy"], generator)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            count += 1
+        self.module.train()
+        return {name: value / count for name, value in sums.items()}
+
+    def _conditioning_gap(self, ids_BT: Tensor, energy: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Energy loss with states moved to other positions minus the true one: 0 while the head ignores its state."""
+        assert isinstance(self.model, Calm)
+        training = CalmTraining.energy_terms
+        ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
+        state = self.model.states(ids_BPK[:, :-1])
+        moved = state.flatten(0, 1).roll(state.shape[1] // 2 + 1, 0).view_as(state)
+        shuffled, _ = training(self._calm_training(), moved, ids_BPK[:, 1:], generator)
+        return shuffled - energy
+
+    def _calm_training(self) -> CalmTraining:
+        module = getattr(self.module, "module", self.module)
+        assert isinstance(module, CalmTraining)
+        return module
+
+    def save(self, path: Path, card: str | None = None) -> None:
+        """Write the run directory's model files, without training-only parts."""
+        save_run(path, self.config, self.model, self.tokenizer, card)
+
+
+def build_objective(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    autoencoder: Autoencoder | None = None,
+    device: str | torch.device = "cpu",
+) -> Objective:
+    """The objective of a run with fresh parameters from `config.train.seed`. CALM needs a trained `autoencoder`."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    module: nn.Module
+    if isinstance(config, CalmRun):
+        if autoencoder is None:
+            raise ConfigError("training CALM needs a trained autoencoder: give --autoencoder RUN")
+        model: nn.Module = Calm(config.model, autoencoder, generator)
+        module = CalmTraining(model, config.energy, config.recipe)  # type: ignore[arg-type]
+        if module.auxiliary is not None:
+            initialise(module.auxiliary, generator)  # type: ignore[arg-type]
+    elif isinstance(config, TokenLMRun):
+        model = build_model(config, generator)
+        module = TokenLMTraining(model)  # type: ignore[arg-type]
+    else:
+        assert isinstance(config, AutoencoderRun)
+        model = build_model(config, generator)
+        module = AutoencoderTraining(model)  # type: ignore[arg-type]
+    module.to(device).train()
+    return Objective(config, module, model, tokenizer)
