@@ -1,0 +1,236 @@
+"""Cost accounting: floating-point operations per token of text, part by part, and parameters as the paper counts them.
+
+Multiply-adds count as 2, per token of text (spec 7): dense weights 2 per weight used, attention scores and mixing
+4 * layers * D * context, everything of a step divided by K, training = 3 x forward for what is trained. Norms, biases,
+activations, softmax and the loss are not counted. Two columns: `published`, the head as the paper's cost has it (the
+first linear of a block sees the draw and the state, in every draw), and `split`, ours: the state's half of it runs
+once per position. The functions are the same; only the cost differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
+
+PAPER_CONTEXT = 2048  # positions attended: patches for CALM, tokens for the Transformer [P]
+PAPER_DRAWS = 8  # S [P]
+TRAINED = 3  # forward, and twice that backward: towards the inputs and towards the weights
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One figure per part of a model."""
+
+    embedding: float = 0  # a lookup: parameters, no operations
+    compressor: float = 0  # K token embeddings -> backbone input
+    attention: float = 0  # projections, scores, mixing
+    mlp: float = 0
+    head: float = 0  # S draws in training
+    autoencoder: float = 0  # without its vocabulary product: decoder at inference, frozen encoder in training
+    vocabulary: float = 0  # the product with the (output) embedding
+    auxiliary: float = 0  # training only, recipe `fast`
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def scaled(self, factor: float) -> Self:
+        return type(self)(**{name: factor * value for name, value in asdict(self).items()})
+
+    def to_dict(self) -> dict[str, float]:
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs. Operations are per token of text; `params` leaves the autoencoder out, as the paper does."""
+
+    name: str
+    patch_size: int
+    context: int  # positions attended
+    draws: int  # S in training; 0 for a model without a head
+    params: int  # with the input embedding, without the autoencoder
+    autoencoder_params: int
+    parameters: Parts  # per part, the autoencoder's embedding among the autoencoder's
+    inference: Parts  # published: unsplit head
+    inference_split: Parts
+    training: Parts
+    training_split: Parts
+
+    def columns(self) -> Mapping[str, Parts]:
+        return {
+            "inference": self.inference,
+            "inference_split": self.inference_split,
+            "training": self.training,
+            "training_split": self.training_split,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = ("name", "patch_size", "context", "draws", "params", "autoencoder_params")
+        return {
+            **{name: getattr(self, name) for name in plain},
+            "parameters": self.parameters.to_dict(),
+            **{name: parts.to_dict() for name, parts in self.columns().items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {self.params:,} parameters"
+            + (f", and {self.autoencoder_params:,} in the autoencoder" if self.autoencoder_params else "")
+            + f"; operations per token of text, context {self.context:,} positions of {self.patch_size} tokens"
+            + (f", {self.draws} draws in training" if self.draws else ""),
+            f"{'part':<12}" + "".join(f"{name:>17}" for name in self.columns()),
+        ]
+        rows = {name: parts.to_dict() for name, parts in self.columns().items()}
+        for part in next(iter(rows.values())):
+            if part == "total" or any(row[part] for row in rows.values()):
+                lines.append(f"{part:<12}" + "".join(f"{row[part]:>17.4g}" for row in rows.values()))
+        return "\n".join(lines)
+
+
+def cost(config: CalmConfig | TokenLMConfig, name: str | None = None, **settings: Any) -> Cost:
+    """`calm_cost` or `token_lm_cost`, by the kind of the configuration; settings as theirs."""
+    if isinstance(config, CalmConfig):
+        return calm_cost(config, name or "CALM", **settings)
+    return token_lm_cost(config, name or "Transformer", **settings)
+
+
+def token_lm_cost(config: TokenLMConfig, name: str = "Transformer", *, context: int = PAPER_CONTEXT) -> Cost:
+    """The token baseline: backbone and the vocabulary product, the input embedding counted in the parameters only.
+
+    `context`: tokens attended. Both columns of the table are equal: there is no head to split.
+    """
+    table = config.vocab_size * config.backbone.width
+    attention, mlp = _backbone(config.backbone, context)
+    forward = Parts(attention=attention, mlp=mlp, vocabulary=2 * table)
+    training = forward.scaled(TRAINED)
+    parameters = _backbone_parameters(config.backbone, embedding=table, vocabulary=table)
+    return Cost(
+        name=name,
+        patch_size=1,
+        context=context,
+        draws=0,
+        params=int(parameters.total),
+        autoencoder_params=0,
+        parameters=parameters,
+        inference=forward,
+        inference_split=forward,
+        training=training,
+        training_split=training,
+    )
+
+
+def calm_cost(
+    config: CalmConfig,
+    name: str = "CALM",
+    *,
+    context: int = PAPER_CONTEXT,
+    draws: int = PAPER_DRAWS,
+    candidates: int = 1,
+    auxiliary: bool = False,
+) -> Cost:
+    """CALM with the energy head: one draw and one decoding per step at inference, S draws and one encoding in training.
+
+    `context`: patches attended; `draws`: S; `candidates`: draws taken and decoded per step at inference (1: plain
+    sampling; N of the batch temperature sampler); `auxiliary`: count the cross-entropy of the `fast` recipe in training.
+    """
+    K, D, V = config.patch_size, config.backbone.width, config.vocab_size
+    attention, mlp = _backbone(config.backbone, context)
+    compressor = 2 * (K * D * 2 * D + 2 * D * D)
+    encoder, decoder = _autoencoder(config.autoencoder)
+    logits = 2 * K * V * config.autoencoder.width
+
+    def inference(split: bool) -> Parts:
+        once, per_draw = _energy_head(config.head, D, config.autoencoder.latent, split)
+        return Parts(
+            compressor=compressor,
+            attention=attention,
+            mlp=mlp,
+            head=once + candidates * per_draw,
+            autoencoder=candidates * decoder,
+            vocabulary=candidates * logits,
+        ).scaled(1 / K)
+
+    def training(split: bool) -> Parts:
+        once, per_draw = _energy_head(config.head, D, config.autoencoder.latent, split)
+        return Parts(
+            compressor=TRAINED * compressor,
+            attention=TRAINED * attention,
+            mlp=TRAINED * mlp,
+            head=TRAINED * (once + draws * per_draw),
+            autoencoder=encoder,  # frozen: forward only
+            auxiliary=TRAINED * 2 * (D * K * D + K * D * V) if auxiliary else 0,
+        ).scaled(1 / K)
+
+    parameters = _backbone_parameters(
+        config.backbone,
+        embedding=V * D,
+        compressor=(K + 1) * 2 * D * D + 3 * D + 2 * D,  # two linears with biases, LayerNorm
+        head=_energy_head_parameters(config.head, D, config.autoencoder.latent),
+        autoencoder=_autoencoder_parameters(config.autoencoder),
+    )
+    return Cost(
+        name=name,
+        patch_size=K,
+        context=context,
+        draws=draws,
+        params=int(parameters.total - parameters.autoencoder),
+        autoencoder_params=int(parameters.autoencoder),
+        parameters=parameters,
+        inference=inference(split=False),
+        inference_split=inference(split=True),
+        training=training(split=False),
+        training_split=training(split=True),
+    )
+
+
+def _backbone(config: BackboneConfig, context: int) -> tuple[float, float]:
+    """Operations of one position: (attention, MLP)."""
+    D, kv = config.width, config.key_value_heads * config.head_dim
+    projections = 2 * (2 * D * D + 2 * D * kv)
+    return config.layers * (projections + 4 * D * context), config.layers * 2 * 3 * D * config.inner
+
+
+def _backbone_parameters(config: BackboneConfig, **other: float) -> Parts:
+    """Each norm counts with the part that it feeds, the final one with the MLP."""
+    D, kv = config.width, config.key_value_heads * config.head_dim
+    return Parts(
+        attention=config.layers * (2 * D * D + 2 * D * kv + D),
+        mlp=config.layers * (3 * D * config.inner + D) + D,
+        **other,
+    )
+
+
+def _energy_head(config: EnergyHeadConfig, width: int, latent: int, split: bool) -> tuple[float, float]:
+    """Operations of one position: (once, per draw). The state's projection is once in both columns."""
+    square = width * width
+    once, per_draw = square, config.noise * width + 6 * config.blocks * square + square + width * latent
+    if split:
+        once, per_draw = once + config.blocks * square, per_draw - config.blocks * square
+    return 2 * once, 2 * per_draw
+
+
+def _energy_head_parameters(config: EnergyHeadConfig, width: int, latent: int) -> int:
+    square = width * width
+    block = 6 * square + (1 + 1 + 2 + 1) * width + 2 * width  # biases of l1, l2, l3, down; LayerNorm
+    ends = config.noise * width + width + square + width + 2 * 2 * width  # noise, state, their LayerNorms
+    return config.blocks * block + ends + 2 * width + square + width + width * latent + latent
+
+
+def _autoencoder(config: AutoencoderConfig) -> tuple[float, float]:
+    """Operations of one patch: (encoder, decoder without its vocabulary product)."""
+    K, d = config.patch_size, config.width
+    blocks = config.layers // 2 * (K + 1) * 3 * d * config.inner
+    return 2 * (blocks + K * d * d + d * 2 * config.latent), 2 * (blocks + config.latent * d + d * K * d)
+
+
+def _autoencoder_parameters(config: AutoencoderConfig) -> int:
+    K, d, L = config.patch_size, config.width, config.latent
+    blocks = 2 * config.layers * (3 * d * config.inner + d)
+    encoder = K * d * d + d + d + d * 2 * L + 2 * L
+    decoder = L * d + d + d * K * d + K * d + d
+    return config.vocab_size * d + blocks + encoder + decoder
