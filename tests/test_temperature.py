@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from nextvec.errors import UserError
 from nextvec.sampling.temperature import (
@@ -192,6 +193,19 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     together = batch_temperature(pool, 0.5, [seeded(row) for row in range(6)])
     for row in range(6):
         assert torch.equal(batch_temperature(pool[row : row + 1], 0.5, [seeded(row)])[0], together[row])
+
+
+def test_choosing_a_patch_never_waits_for_the_host() -> None:
+    """Run on tensors without values, where reading one raises."""
+    real = torch.zeros(2, 200, 4, dtype=torch.int64)
+    batch_temperature(real, 0.4, seeded())  # the table of weights is made once per size and temperature
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pool = torch.empty(2, 200, 4, dtype=torch.int64)
+        with pytest.raises(DataDependentOutputException):
+            pool.sum().item()
+        prefix, length = torch.empty(2, 4, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+        candidates, keep = condition(pool, prefix, length)
+        assert batch_temperature(candidates, 0.4, seeded(), keep).shape == (2, 4)
 
 
 def test_conditioning_keeps_the_draws_that_agree() -> None:

@@ -17,6 +17,11 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def _verbs() -> None:
+    """Keeps `nextvec VERB` as it is however many verbs are registered."""
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit status 2, never a traceback."""
     from nextvec.cli import commands  # noqa: F401  (registers the verbs)

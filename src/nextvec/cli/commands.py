@@ -1,1 +1,3 @@
 """Imports every module that registers verbs on the app, in the order in which help lists them."""
+
+from nextvec.cli import generate as generate
