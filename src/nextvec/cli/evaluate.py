@@ -1,0 +1,115 @@
+"""`nextvec eval`: score a trained run on held-out text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nextvec.cli import app
+
+BASELINE_STRIDE = 4  # tokens; K of the reference CALM
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory: autoencoder, calm or token_lm.")],
+    data: Annotated[str, typer.Option(help="Held-out text: a shard directory, or whatever `prepare` reads.")],
+    json: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(help="Window N of the protocol documents-N; by default that of training.")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens between scored positions: K of the CALM compared with. Default: its K; baseline 4."),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Model draws per position, at least 2.")] = 8,
+    estimator: Annotated[str, typer.Option(help="all_pairs, or two_draws as in the paper.")] = "all_pairs",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
+    max_documents: Annotated[int | None, typer.Option(help="Only the first documents of the data.")] = None,
+    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    rows: Annotated[int, typer.Option(min=1, help="Windows per pass.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Reconstruction (autoencoder, CALM), Brier-1..4 and BrierLM (CALM, baseline), with errors clustered by document."""
+    from typing import get_args
+
+    import torch
+
+    from nextvec import __version__
+    from nextvec.errors import ConfigError
+    from nextvec.evaluate.brier import evaluate_brier
+    from nextvec.evaluate.documents import read_documents
+    from nextvec.evaluate.reconstruction import evaluate_reconstruction
+    from nextvec.files import write_json
+    from nextvec.hardware import choose_device
+    from nextvec.model.autoencoder import Autoencoder
+    from nextvec.model.calm import Calm
+    from nextvec.model.token_lm import TokenLM
+    from nextvec.rundir import load_run
+    from nextvec.scoring.brier import Estimator
+
+    if estimator not in get_args(Estimator):
+        raise ConfigError(f"estimator must be one of {', '.join(get_args(Estimator))}; got {estimator!r}")
+    where = choose_device(device)
+    loaded = load_run(run, where)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    documents = read_documents(data, tokenizer, limit=max_documents, text_key=text_key)
+    result: dict[str, Any] = {
+        "nextvec": __version__,
+        "run": str(run),
+        "kind": loaded.config.kind,  # type: ignore[attr-defined]
+        "data": data,
+    }
+
+    def generator() -> torch.Generator:
+        return torch.Generator(where).manual_seed(seed)
+
+    if not isinstance(model, Autoencoder):
+        default_stride = model.patch_size if isinstance(model, Calm) else BASELINE_STRIDE
+        with _progress("BrierLM") as report:
+            brier = evaluate_brier(
+                model,
+                documents,
+                context_tokens=loaded.config.data.context_tokens if context_tokens is None else context_tokens,
+                stride=default_stride if stride is None else stride,
+                draws=draws,
+                generator=generator(),
+                tokenizer_hash=tokenizer.hash,
+                estimator=estimator,  # type: ignore[arg-type]
+                batch_rows=rows,
+                progress=report,
+            )
+        print(f"{brier}")
+        result["brier"] = brier.to_dict()
+    if not isinstance(model, TokenLM):
+        with _progress("reconstruction") as report:
+            reconstruction = evaluate_reconstruction(
+                model if isinstance(model, Autoencoder) else model.autoencoder,
+                documents,
+                generator=generator(),
+                tokenizer_hash=tokenizer.hash,
+                progress=report,
+            )
+        print(("\n" if "brier" in result else "") + f"{reconstruction}")
+        result["reconstruction"] = reconstruction.to_dict()
+    if json is not None:
+        write_json(json, result)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal's standard error; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
