@@ -9,12 +9,16 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from nextvec.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -31,7 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
@@ -52,6 +56,21 @@ def write_json(path: Path, value: object) -> None:
     with atomic_open(path) as handle:
         json.dump(value, handle, indent=2, allow_nan=False)
         handle.write("\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as one safetensors file, whole or nothing. Raises DataError when the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+        except SafetensorError as error:  # the library hides the system's error number in its text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -85,7 +104,7 @@ def sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make the rename itself durable where the system allows a folder to be fsynced."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -92,15 +92,18 @@ def has_bf16(device: torch.device) -> bool:
 def matmul_rate(device: torch.device, precision: Precision) -> float:
     """Measured rate of square matrix products, in floating-point operations per second; the best of a few runs.
 
-    Takes about 0.2 s the first time and nothing afterwards.
+    Takes about 0.3 s the first time and nothing afterwards. Grows the product while the next size still fits a short
+    time, so that a slow emulation stops small and a busy machine is not judged by products shorter than its hiccups.
     """
-    side = 256
-    while True:  # grow until one product takes long enough to be timed; slow emulations stop at the first size
-        left, right = (_random(side, device).to(DTYPES[precision]) for _ in range(2))
-        seconds = _best_time(lambda a=left, b=right: a @ b, device, 0.02)  # type: ignore[misc]
-        if seconds > 2e-3 or side >= 8192:
-            return 2.0 * side**3 / min(seconds, _best_time(lambda: left @ right, device, 0.15))
+    side, best, largest = 128, 0.0, 1024 if device.type == "cpu" else 8192
+    while side < largest:
         side *= 2
+        left, right = (_random(side, device).to(DTYPES[precision]) for _ in range(2))
+        seconds = _best_time(functools.partial(torch.matmul, left, right), device, 0.04)
+        best = max(best, 2.0 * side**3 / seconds)
+        if 8 * seconds > 0.2:
+            break
+    return max(best, 2.0 * side**3 / _best_time(functools.partial(torch.matmul, left, right), device, 0.25))
 
 
 @functools.cache
@@ -127,7 +130,7 @@ def compiler_problem(device: torch.device) -> str | None:
     """None when torch.compile can build kernels for this device, else why not in one line."""
     if device.type == "cuda":
         try:
-            import triton  # noqa: F401
+            import triton  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
         except ImportError:
             return "torch.compile needs the package triton on a GPU and it is not installed"
         return None

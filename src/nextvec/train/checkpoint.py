@@ -1,0 +1,253 @@
+"""Checkpoints: RUN/checkpoints/step-XXXXXXXX/ with the module, the optimiser state and the position, nothing pickled.
+
+    module.safetensors     trained parameters (auxiliary parts too) and persistent buffers, by name
+    optimizer.safetensors  `<parameter>/<slot>` of AdamW, and `metrics/<name>` sums since the last log line
+    state.json             position, precision, settings, and the SHA-256 of both files and of itself
+
+A checkpoint is written into a hidden folder, fsynced and renamed, so one that has its final name is whole. Frozen
+parameters (the autoencoder of a CALM run) are not stored; their digest is, so that others are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nextvec.errors import ConfigError, DataError
+from nextvec.files import disk_error, fsync_folder, read_json, sha256, write_json, write_tensors
+from nextvec.hardware import Precision
+
+FORMAT = 1  # version of state.json
+KEEP = 2  # checkpoints kept in a run directory
+MODULE, OPTIMIZER, STATE = "module.safetensors", "optimizer.safetensors", "state.json"
+CONTINUED = ("train.steps", "train.log_every", "train.eval_every", "train.save_every", "data.path")  # free to change
+
+Say = Callable[[str], None]
+
+
+class TrainState(BaseModel):
+    """Where training stands. Batches and noise are functions of (seed, step), so no generator state is needed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    step: int  # optimiser steps done
+    tokens: int  # tokens trained on, pads included
+    seconds: float  # training time over all sittings, without evaluation and saving
+    logged_step: int  # step of the last log line
+    logged_seconds: float
+    counts: dict[str, int]  # number of batches in each metric sum since the last log line
+    precision: Precision
+    config: dict[str, Any]  # the run's settings
+    data: str  # digest of the training shards' manifest
+    frozen: str  # digest of the parameters that are not trained
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    state: TrainState
+
+
+def save(
+    run: Path, state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor]
+) -> Path:
+    """Write a checkpoint of `run` and remove all but the newest two. Raises DataError when the disk is full.
+
+    Whatever goes wrong, the checkpoints that were there stay.
+    """
+    folder = Path(run) / "checkpoints"
+    final = folder / f"step-{state.step:08d}"
+    partial = folder / f".{final.name}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_partial(folder)
+        partial.mkdir()
+        write_tensors(partial / MODULE, _module_tensors(module))
+        write_tensors(partial / OPTIMIZER, _optimizer_tensors(optimizer, sums))
+        content = state.model_dump(mode="json") | {
+            "sha256": {name: sha256(partial / name) for name in (MODULE, OPTIMIZER)}
+        }
+        write_json(partial / STATE, content | {"digest": _digest(content)})
+        if final.exists():
+            final.rename(folder / f".{final.name}.old.tmp")
+        partial.rename(final)
+        fsync_folder(folder)
+    except OSError as error:
+        raise disk_error(error, final) from error
+    finally:
+        _remove_partial(folder)
+    for old in _steps(run)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest(run: Path, say: Say | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint of `run`; None when there is none at all.
+
+    A damaged one is passed over with one line to `say` if an older one is whole. Raises DataError, naming the damaged
+    file, when no checkpoint is whole, and ConfigError for one written by a newer nextvec.
+    """
+    problem: str | None = None
+    for path in _steps(run):
+        try:
+            found = _verify(path)
+        except DataError as error:
+            problem = problem or str(error)
+            continue
+        if problem is not None and say is not None:
+            say(f"{problem}; going on from the older checkpoint {path}")
+        return found
+    if problem is not None:
+        raise DataError(f"{problem}, and no older checkpoint is whole; train again into a new directory")
+    return None
+
+
+def drop_newer(run: Path, step: int) -> None:
+    """Move checkpoints beyond `step` (passed over as damaged) out of the way of the ones to be written."""
+    for path in _steps(run):
+        if _step_of(path) > step:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Load a checkpoint into the module and the optimiser; returns the metric sums since the last log line.
+
+    Raises DataError when the module has other parameters or shapes than the checkpoint.
+    """
+    stored = load_file(checkpoint.path / MODULE)
+    wanted = _module_tensors(module)
+    different = sorted(
+        n
+        for n in wanted.keys() | stored.keys()
+        if n not in wanted or n not in stored or wanted[n].shape != stored[n].shape
+    )
+    if different:
+        raise DataError(f"checkpoint {checkpoint.path} does not fit this model: {', '.join(different[:3])} differ")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(stored[name])
+
+    slots: dict[str, dict[str, Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+    for key, value in load_file(checkpoint.path / OPTIMIZER).items():
+        name, _, slot = key.rpartition("/")
+        if name == "metrics":
+            sums[slot] = value
+        else:
+            slots.setdefault(name, {})[slot] = value
+    current = optimizer.state_dict()
+    names = [name for group in current["param_groups"] for name in group["param_names"]]
+    current["state"] = {index: slots[name] for index, name in enumerate(names) if name in slots}
+    optimizer.load_state_dict(current)
+    return sums
+
+
+def frozen_digest(module: nn.Module) -> str:
+    """SHA-256 over names and values of the parameters that are not trained."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str, frozen: str) -> None:
+    """Refuse to go on with other settings, data or frozen weights. Raises DataError naming what changed.
+
+    `train.steps`, the log, evaluation and save intervals may change, and the shards may have moved.
+    """
+    before, now = _flat(checkpoint.state.config), _flat(config)
+    for key in sorted(before.keys() | now.keys()):
+        if key not in CONTINUED and before.get(key) != now.get(key):
+            raise DataError(
+                f"--resume needs the settings that the run began with: {key} was {before.get(key)} and is now "
+                f"{now.get(key)}; set it back, or train into a new directory"
+            )
+    if checkpoint.state.data != data:
+        raise DataError("--resume needs the shards that the run began with: data.path holds other tokens now")
+    if checkpoint.state.frozen != frozen:
+        raise DataError("--resume needs the autoencoder that the run began with: its weights differ now")
+
+
+def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters (tied ones once) and persistent buffers, sharing memory with the module."""
+    persistent = module.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    return tensors | {n: b for n, b in module.named_buffers() if n in persistent}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = optimizer.state_dict()
+    names = [name for group in state["param_groups"] for name in group["param_names"]]
+    slots = {f"{names[index]}/{slot}": value for index, of in state["state"].items() for slot, value in of.items()}
+    return slots | {f"metrics/{name}": value for name, value in sums.items()}
+
+
+def _verify(path: Path) -> Checkpoint:
+    """Check sizes and sums. Raises DataError naming the damaged file."""
+    content = read_json(path / STATE, "checkpoint file")
+    if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        raise ConfigError(f"checkpoint {path} has format {content['format']}, newer than this nextvec reads ({FORMAT})")
+    try:
+        if content.pop("digest") != _digest(content):
+            raise DataError(f"checkpoint file {path / STATE} is damaged: its content does not match its digest")
+        for name, wanted in content.pop("sha256").items():
+            if not (path / name).is_file():
+                raise DataError(f"checkpoint file {path / name} is missing")
+            if sha256(path / name) != wanted:
+                raise DataError(
+                    f"checkpoint file {path / name} is damaged: its SHA-256 differs from the one in {STATE}"
+                )
+        return Checkpoint(path, TrainState.model_validate(content))
+    except (AttributeError, KeyError, TypeError, ValidationError):
+        raise DataError(f"checkpoint file {path / STATE} is damaged: it lacks what a checkpoint holds") from None
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"checkpoint {path} cannot be read: {error}") from None
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _steps(run: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [path for path in (Path(run) / "checkpoints").glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _remove_partial(folder: Path) -> None:
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        k: v
+        for name, inner in value.items()
+        for k, v in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+__all__ = ["Checkpoint", "TrainState", "check_same_run", "drop_newer", "frozen_digest", "latest", "restore", "save"]

@@ -1,0 +1,24 @@
+"""Floating-point operations of a piece of work, counted from the products that it really runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+_ATEN = torch.ops.aten
+_CPU_ATTENTION = {  # torch counts the GPU's fused attention but not the CPU's
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Operations of the matrix products in one eager call of `work`, backward passes included; a multiply-add is 2.
+
+    Attention counts as dense (the causal half is not taken off), as in spec 7.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        work()
+    return int(counter.get_total_flops())

@@ -1,0 +1,104 @@
+"""The training loop, one for every kind of run, on `accelerate` (mixed precision, accumulation; wraps for DDP).
+
+Nothing random is carried from step to step: batch number step * accumulate + micro comes from the data, and the noise
+of a step from a generator seeded with (seed, step). So a checkpoint needs no generator state, and a resumed run equals
+an uninterrupted one bit for bit on the same hardware and number of threads. Objectives must draw from that generator
+only; torch's global one is not saved.
+
+The host waits for the device at log, evaluation and save steps only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from nextvec.config import RunConfig, dump_yaml
+from nextvec.errors import ConfigError
+from nextvec.files import atomic_open
+from nextvec.hardware import choose_device
+from nextvec.train import checkpoint
+from nextvec.train.data import Data, open_data
+from nextvec.train.interrupt import Interrupt
+from nextvec.train.metrics import METRICS, MetricsLog, Row, check_tensorboard
+from nextvec.train.progress import Display
+from nextvec.train.sitting import Sitting, Trainable, TrainResult
+
+
+def train(
+    config: RunConfig,
+    objective: Trainable,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    valid: Path | None = None,
+    data: Data | None = None,
+    eval_batches: int = 8,
+    time_budget: float | None = None,
+    show: bool = True,
+    tensorboard: bool = False,
+    on_log: Callable[[Row], None] | None = None,
+    command: str | None = None,
+) -> TrainResult:
+    """Train `objective` as `config` says and leave a run directory at `out`.
+
+    config: settings; written to out/config.yaml first.
+    resume: go on from the newest whole checkpoint in `out`; from the start if the run has none yet.
+    valid: held-out shards; by default those that lie beside the training shards.
+    data: batches to use instead of opening `config.data.path`.
+    eval_batches: held-out batches per evaluation, the same ones each time.
+    time_budget: stop after so many seconds of training, over all sittings. Progress (for the schedule and the
+        objective) is then max(seconds / time_budget, step / steps), so the run is not bit-reproducible.
+    show: progress on stderr; warnings are printed in any case.
+    tensorboard: write RUN/tensorboard too; ConfigError when that extra is not installed.
+    on_log: called with each row of metrics.jsonl, after it is written.
+    command: the command line that goes on with this run, named when training is interrupted.
+
+    SIGINT and SIGTERM finish the step, save, and return with `interrupted` set. Raises ConfigError or DataError before
+    anything is written when the device, data, run directory or settings do not fit, and UserError when the loss is
+    not finite; the last checkpoint is kept then, and one is never written from a state that is not finite.
+    """
+    out = Path(out)
+    check_out(out, resume)
+    place = choose_device(device)
+    display = Display(config.train.steps, show)
+    notes: list[str] = []
+    if data is None:
+        data, note = open_data(config, valid, eval_batches)
+        notes += [note] if note else []
+    if tensorboard:
+        check_tensorboard()
+    found = checkpoint.latest(out, display.say) if resume else None
+    frozen = checkpoint.frozen_digest(objective.module)
+    if found is not None:
+        checkpoint.check_same_run(found, config.model_dump(mode="json"), data.digest, frozen)
+        checkpoint.drop_newer(out, found.state.step)
+    elif resume:
+        notes.append(f"{out} has no checkpoint yet: training starts at step 0")
+    with atomic_open(out / "config.yaml") as handle:
+        handle.write(dump_yaml(config))
+    for note in notes:
+        display.note(note)
+    with closing(MetricsLog(out, found.state.step if found else 0, tensorboard)) as log, closing(display):
+        sitting = Sitting(
+            config, objective, out, place, data, frozen, log, display, time_budget, on_log, command, found
+        )
+        with Interrupt() as interrupt, closing(sitting):
+            return sitting.run(interrupt)
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raises ConfigError when `out` holds a run and `resume` is not set, or holds none and it is."""
+    out = Path(out)
+    held = [name for name in ("config.yaml", METRICS, "checkpoints", "model.safetensors") if (out / name).exists()]
+    if held and not resume:
+        raise ConfigError(f"{out} already holds a run ({held[0]}); go on with --resume, or give another directory")
+    if resume and not held:
+        raise ConfigError(f"--resume needs a run that was started before; {out} holds none")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"a run is a directory; {out} is a file")
+
+
+__all__ = ["TrainResult", "Trainable", "check_out", "train"]

@@ -1,0 +1,103 @@
+"""metrics.jsonl: one JSON object a line, written at once; and TensorBoard, when asked for and installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextvec.errors import ConfigError
+from nextvec.files import atomic_open
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+Row = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics file or of a run directory's; a last line cut off by a crash is left out."""
+    path = Path(path)
+    file = path / METRICS if path.is_dir() else path
+    if not file.exists():
+        return []
+    rows: list[Row] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def check_tensorboard() -> None:
+    """Raises ConfigError when the extra is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "--tensorboard needs the tensorboard extra, which is not installed: pip install 'nextvec[tensorboard]'"
+        ) from None
+
+
+class MetricsLog:
+    """Appends rows to RUN/metrics.jsonl. Values that are not finite are written as null.
+
+    Opened at `step`, it first drops rows of later steps, so that a resumed run holds every row once; `evaluation` is
+    the newest held-out row. A row that cannot be written (full disk) is taken back whole and
+    `write` raises OSError; the file stays readable.
+    """
+
+    def __init__(self, run: Path, step: int, tensorboard: bool = False) -> None:
+        self._path = Path(run) / METRICS
+        self._board = _board(Path(run), step) if tensorboard else None
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        self.evaluation: Row | None = next((row for row in reversed(kept) if row["kind"] == "eval"), None)
+        with atomic_open(self._path) as handle:
+            handle.writelines(_line(row) for row in kept)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+
+    def write(self, row: Row) -> None:
+        """Append one row: `kind` ("train" or "eval"), `step`, and the rest."""
+        if row["kind"] == "eval":
+            self.evaluation = row
+        end = os.fstat(self._file.fileno()).st_size
+        data = _line(row).encode()
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name not in ("step", "seconds"):
+                    self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def sync(self) -> None:
+        """Make the rows so far durable, before the checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _line(row: Row) -> str:
+    return json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _board(run: Path, step: int) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)

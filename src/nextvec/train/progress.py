@@ -1,0 +1,91 @@
+"""What a person sees while training: a live line in a terminal, one plain line per log step elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+_NOT_TERMS = {"kind", "step", "tokens", "seconds", "lr", "tokens_per_s", "share", "memory_bytes"}
+
+
+class Display:
+    """`note` and `log` speak only when `show` is set; `say` always does (warnings, how to go on)."""
+
+    def __init__(self, steps: int, show: bool) -> None:
+        self._steps = steps
+        self._show = show
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+
+    def start(self, step: int) -> None:
+        """Begin the live line, in a terminal."""
+        if self._show and sys.stderr.isatty():
+            self._live = Progress(
+                BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), console=Console(stderr=True)
+            )
+            self._task = self._live.add_task("", total=self._steps, completed=step, status="starting")
+            self._live.start()
+
+    def say(self, line: str) -> None:
+        if self._live is not None:
+            self._live.console.print(escape(line), highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def note(self, line: str) -> None:
+        if self._show:
+            self.say(line)
+
+    def advance(self, step: int) -> None:
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=step)
+
+    def log(self, row: dict[str, Any], eta: float | None, rate: float | None) -> None:
+        """Show a train row; `eta` in seconds, `rate` the measured operations per second that `share` refers to."""
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=row["step"], status=escape(describe(row, eta, rate)))
+        elif self._show:
+            self.say(f"step {row['step']}/{self._steps}  {describe(row, eta, rate)}")
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self.note(f"held out at step {row['step']}: {terms(row)}")
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def terms(row: dict[str, Any]) -> str:
+    """The loss terms of a row: every number that is not bookkeeping."""
+    parts = []
+    for name, value in row.items():
+        if name in _NOT_TERMS or value is None:
+            continue
+        numbers = value if isinstance(value, list | tuple) else [value]
+        parts.append(f"{name} {' '.join('-' if number is None else f'{number:.4g}' for number in numbers)}")
+    return "  ".join(parts)
+
+
+def describe(row: dict[str, Any], eta: float | None, rate: float | None) -> str:
+    """A train row in one line: loss terms, rate of learning, speed, share of the machine, memory, time to go."""
+    parts = [terms(row), f"lr {row['lr']:.2g}", f"{row['tokens_per_s']:,.0f} tokens/s"]
+    if row["share"] is not None and rate is not None:
+        parts.append(f"{100 * row['share']:.0f} % of {rate / 1e9:,.0f} GFLOP/s")
+    parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB")
+    if eta is not None:
+        parts.append(f"ETA {duration(eta)}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(75.4), duration(3 * 3600 + 61)
+    ('1:15', '3:01:01')
+    """
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
