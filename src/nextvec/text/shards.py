@@ -192,7 +192,9 @@ class Stream:
         """`length` ids from position `start`; any offset, across documents and shards."""
         if not 0 <= start <= start + length <= self.length:
             raise IndexError(f"read of {length} tokens at {start} leaves the stream of {self.length}")
-        if self._laid is self._raw or not length:
+        if not length:
+            return np.empty(0, dtype=np.int64)
+        if self._laid is self._raw:
             return self.shards.read(start, length)
         end = start + length
         first = int(np.searchsorted(self._laid, start, side="right")) - 1

@@ -22,7 +22,7 @@ class ShardWriter:
     def __init__(self, folder: Path, number: int):
         self._folder = folder
         self._number = number
-        self._stack = ExitStack()
+        self.stack = ExitStack()  # closing it puts the tokens in place, leaving it by an error removes them
         self._handle: IO[bytes] | None = None
         self._digest = hashlib.sha256()
         self._offsets = [0]
@@ -35,7 +35,7 @@ class ShardWriter:
     def add(self, ids: NDArray[Any], text_bytes: int) -> None:
         """Append one document, its end-of-text included. The file is begun with the first."""
         if self._handle is None:
-            self._handle = self._stack.enter_context(atomic_open(self._folder / self._name("tokens", "bin"), "wb"))
+            self._handle = self.stack.enter_context(atomic_open(self._folder / self._name("tokens", "bin"), "wb"))
         data = ids.data.cast("B")
         self._handle.write(data)
         self._digest.update(data)
@@ -50,7 +50,7 @@ class ShardWriter:
         np.save(buffer, np.asarray(self._offsets, dtype="<i8"))
         with atomic_open(self._folder / self._name("documents", "npy"), "wb") as handle:
             handle.write(buffer.getbuffer())
-        self._stack.close()
+        self.stack.close()
         return ShardRecord(
             file=self._name("tokens", "bin"),
             offsets=self._name("documents", "npy"),
@@ -61,10 +61,6 @@ class ShardWriter:
             offsets_sha256=hashlib.sha256(buffer.getbuffer()).hexdigest(),
         )
 
-    def abandon(self, error: BaseException) -> None:
-        """Remove what was begun; a full disk becomes its sentence (raised as DataError)."""
-        self._stack.__exit__(type(error), error, error.__traceback__)
-
     def _name(self, kind: str, suffix: str) -> str:
         return f"{kind}-{self._number:05d}.{suffix}"
 
@@ -73,9 +69,7 @@ class ShardWriter:
 def group(folders: dict[Split, Path], numbers: dict[Split, int]) -> Iterator[dict[Split, ShardWriter]]:
     """A writer for each split; when the body fails, none of their files is left behind."""
     writers = {split: ShardWriter(folder, numbers[split]) for split, folder in folders.items()}
-    try:
-        yield writers
-    except BaseException as error:
+    with ExitStack() as stack:
         for writer in writers.values():
-            writer.abandon(error)
-        raise
+            stack.push(writer.stack)
+        yield writers
