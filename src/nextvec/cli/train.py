@@ -1,0 +1,195 @@
+"""`nextvec train autoencoder|lm|baseline`: shards to a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nextvec.cli import app
+
+if TYPE_CHECKING:
+    from nextvec.config import RunConfig
+    from nextvec.model.autoencoder import Autoencoder
+    from nextvec.text.tokenizer import Tokenizer
+
+train_app = typer.Typer(
+    help="Train an autoencoder, a CALM language model, or the token baseline.", no_args_is_help=True
+)
+app.add_typer(train_app, name="train")
+
+VERBS = {"autoencoder": "autoencoder", "lm": "calm", "baseline": "token_lm"}  # verb: kind of run
+
+Out = Annotated[Path, typer.Option(metavar="RUN", help="Run directory to write.")]
+DataPath = Annotated[
+    Path | None, typer.Option("--data", metavar="SHARDS", help="What `nextvec prepare` wrote, or one shard directory.")
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings as YAML; with --resume the run's own by default."),
+]
+Valid = Annotated[
+    Path | None, typer.Option(metavar="SHARDS", help="Held-out shards; default: valid/ beside the training shards.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in RUN.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write RUN/tensorboard as well (extra `tensorboard`).")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Single settings, for instance optim.lr=1e-3.")
+]
+
+
+@train_app.command("autoencoder")
+def train_autoencoder(
+    out: Out,
+    overrides: Overrides = None,
+    data: DataPath = None,
+    config: ConfigFile = None,
+    valid: Valid = None,
+    resume: Resume = False,
+    device: Device = "auto",
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Train the patch autoencoder (stage 1)."""
+    _train("autoencoder", out, overrides or [], data, config, valid, resume, device, tensorboard, None)
+
+
+@train_app.command("lm")
+def train_lm(
+    out: Out,
+    autoencoder: Annotated[
+        Path, typer.Option(metavar="RUN", help="Run of the trained autoencoder, or a CALM run that holds one.")
+    ],
+    overrides: Overrides = None,
+    data: DataPath = None,
+    config: ConfigFile = None,
+    valid: Valid = None,
+    resume: Resume = False,
+    device: Device = "auto",
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Train a CALM language model on a trained autoencoder (stage 2)."""
+    _train("lm", out, overrides or [], data, config, valid, resume, device, tensorboard, autoencoder)
+
+
+@train_app.command("baseline")
+def train_baseline(
+    out: Out,
+    overrides: Overrides = None,
+    data: DataPath = None,
+    config: ConfigFile = None,
+    valid: Valid = None,
+    resume: Resume = False,
+    device: Device = "auto",
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Train the token-Transformer baseline."""
+    _train("baseline", out, overrides or [], data, config, valid, resume, device, tensorboard, None)
+
+
+def _train(
+    verb: str,
+    out: Path,
+    overrides: list[str],
+    data: Path | None,
+    config_file: Path | None,
+    valid: Path | None,
+    resume: bool,
+    device: str,
+    tensorboard: bool,
+    autoencoder_run: Path | None,
+) -> None:
+    import shlex
+
+    from nextvec.config import apply_overrides
+    from nextvec.rundir import load_autoencoder
+    from nextvec.text.shards import TokenShards
+    from nextvec.train.data import data_folders
+    from nextvec.train.loop import check_out, train
+    from nextvec.train.objectives import build_objective
+    from nextvec.train.progress import duration, terms
+
+    check_out(out, resume)
+    settings = _settings(VERBS[verb], out, config_file, resume)
+    if data is not None:
+        settings = apply_overrides(settings, [f"data.path={data}"])
+    settings = apply_overrides(settings, overrides)
+    shards = TokenShards.open(data_folders(_data_path(settings))[0])
+    autoencoder: Autoencoder | None = None
+    if autoencoder_run is not None:
+        autoencoder, tokenizer = load_autoencoder(autoencoder_run)
+        shards.check_tokenizer(tokenizer)
+    run = _resolve(settings, shards.tokenizer, autoencoder, str(config_file or f"train {verb}"))
+
+    options = ["--autoencoder", str(autoencoder_run)] if autoencoder_run is not None else []
+    options += ["--valid", str(valid)] if valid is not None else []
+    options += ["--device", device] if device != "auto" else []
+    options += ["--tensorboard"] if tensorboard else []
+    result = train(
+        run,
+        build_objective(run, shards.tokenizer, autoencoder),
+        out,
+        resume=resume,
+        device=device,
+        valid=valid,
+        tensorboard=tensorboard,
+        command=shlex.join(["nextvec", "train", verb, "--out", str(out), "--resume", *options]),
+    )
+    if result.interrupted:
+        raise typer.Exit(130)
+    print(f"{out}: {result.step:,} steps, {result.tokens:,} tokens in {duration(result.seconds)} of training")
+    if result.evaluation is not None:
+        print(f"held out: {terms(result.evaluation)}")
+
+
+def _settings(kind: str, out: Path, config_file: Path | None, resume: bool) -> dict[str, Any]:
+    """Settings of the file, of the run to resume, or none; for `kind`. Raises ConfigError when they are for another."""
+    from nextvec.config import load_yaml
+    from nextvec.errors import ConfigError
+
+    source = config_file or (out / "config.yaml" if resume else None)
+    settings = load_yaml(source) if source is not None else {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{source}: expected a mapping of settings, got {type(settings).__name__}")
+    found = settings.get("kind", kind)
+    if found != kind:
+        verb = next((verb for verb, of in VERBS.items() if of == found), None)
+        hint = f"; use: nextvec train {verb}" if verb else ""
+        raise ConfigError(f"{source} has kind {found!r}, and this verb trains {kind!r}{hint}")
+    return {**settings, "kind": kind}
+
+
+def _data_path(settings: dict[str, Any]) -> str:
+    from nextvec.errors import ConfigError
+
+    data = settings.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    if path is None:
+        raise ConfigError("training needs shards: give --data SHARDS, as written by `nextvec prepare`")
+    return str(path)
+
+
+def _resolve(settings: dict[str, Any], tokenizer: Tokenizer, autoencoder: Autoencoder | None, source: str) -> RunConfig:
+    """Fill in what the tokenizer and the autoencoder fix, and validate. Raises ConfigError in one sentence."""
+    from nextvec.config import parse_run
+    from nextvec.errors import ConfigError
+
+    model = settings.get("model") or {}
+    if isinstance(model, dict):
+        model = dict(model)
+        if autoencoder is not None:
+            fixed = autoencoder.config.model_dump(mode="json")
+            if model.setdefault("autoencoder", fixed) != fixed:
+                raise ConfigError(
+                    f"{source}: model.autoencoder differs from the settings of the trained autoencoder; leave it out"
+                )
+        else:
+            model.setdefault("vocab_size", tokenizer.vocab_size)
+        if settings["kind"] == "autoencoder":
+            model.setdefault("mask_id", tokenizer.mask_id)
+        else:
+            model.setdefault("backbone", {})
+    return parse_run({**settings, "model": model}, source)
