@@ -12,10 +12,13 @@ from typing import Any
 import matplotlib
 import pytest
 
+from nextvec.config import BackboneConfig, TokenLMConfig
 from nextvec.errors import UserError
+from nextvec.evaluate.cost import token_lm_cost
+from nextvec.evaluate.reconstruction import Accuracy, ReconstructionResult
 from nextvec.report import build_report
 from nextvec.report.figures import Series, orders, plot, thin
-from nextvec.report.inputs import read_metrics
+from nextvec.report.inputs import Details, read_metrics
 
 VOID = {"meta", "link", "input", "br", "path", "use", "rect", "circle", "hr", "img"}
 INJECTION = "<script>alert('x')</script>&\"\x00\x1b[0m\ud800</pre>"
@@ -289,6 +292,19 @@ def test_undefined_brier_lm_says_why(demo: Path) -> None:
     ) in words
     assert "Brier-1 and 2 of CALM lie at least two standard errors above zero, the rest not." in words
     assert "Not defined, so not drawn, at 1 of 4 for CALM and 1 of 4 for token Transformer" in words
+
+
+def test_reads_what_evaluate_writes() -> None:
+    """The records of evaluate, through JSON, are what the report expects."""
+    values = reconstruction()
+    places = {name: Accuracy(**at) for name, at in values["accuracy"].items()}
+    record = ReconstructionResult(**{**values, "accuracy": places})
+    count = token_lm_cost(TokenLMConfig(vocab_size=64, backbone=BackboneConfig(layers=1, width=8, inner=16, heads=2)))
+    written = json.loads(json.dumps({"reconstruction": record.to_dict(), "cost": {"baseline": count.to_dict()}}))
+    read = Details.model_validate(written)
+    assert read.reconstruction is not None
+    assert read.reconstruction.accuracy["draw"].token == 0.9996
+    assert read.cost["baseline"].params == count.params
 
 
 def test_first_sentence_compares_like_with_like(demo: Path) -> None:
