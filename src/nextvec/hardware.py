@@ -7,6 +7,7 @@ and memory in bytes per second. Each is measured once per process and takes well
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import platform
 import shutil
@@ -89,21 +90,24 @@ def has_bf16(device: torch.device) -> bool:
 
 
 @functools.cache
-def matmul_rate(device: torch.device, precision: Precision) -> float:
-    """Measured rate of square matrix products, in floating-point operations per second; the best of a few runs.
+def matmul_rates(device: torch.device) -> dict[Precision, float]:
+    """Measured rates of square matrix products, in floating-point operations per second.
 
-    Takes about 0.3 s the first time and nothing afterwards. Grows the product while the next size still fits a short
-    time, so that a slow emulation stops small and a busy machine is not judged by products shorter than its hiccups.
+    Precisions take turns and the best of many runs counts, so that a busy machine does not favour one of them. Takes
+    0.8 s the first time and nothing afterwards; without bf16 instructions its product is small, being slow.
     """
-    side, best, largest = 128, 0.0, 1024 if device.type == "cpu" else 8192
-    while side < largest:
-        side *= 2
-        left, right = (_random(side, device).to(DTYPES[precision]) for _ in range(2))
-        seconds = _best_time(functools.partial(torch.matmul, left, right), device, 0.04)
-        best = max(best, 2.0 * side**3 / seconds)
-        if 8 * seconds > 0.2:
+    largest = 1024 if device.type == "cpu" else 4096
+    sides: dict[Precision, int] = {"fp32": largest, "bf16": largest if has_bf16(device) else 256}
+    factors = {name: [_random(side, device).to(DTYPES[name]) for _ in range(2)] for name, side in sides.items()}
+    best = dict.fromkeys(sides, float("inf"))
+    deadline = time.perf_counter() + 0.8
+    for turn in itertools.count():
+        for name, (left, right) in factors.items():
+            seconds = _time_of(functools.partial(torch.matmul, left, right), device)
+            best[name] = min(best[name], seconds) if turn else best[name]  # the first turn is warm-up
+        if turn and time.perf_counter() > deadline:
             break
-    return max(best, 2.0 * side**3 / _best_time(functools.partial(torch.matmul, left, right), device, 0.25))
+    return {name: 2.0 * side**3 / best[name] for name, side in sides.items()}
 
 
 @functools.cache
@@ -111,7 +115,8 @@ def memory_rate(device: torch.device) -> float:
     """Measured rate of copying a buffer larger than the caches, in bytes per second read plus written."""
     source = torch.zeros((256 if device.type == "cuda" else 64) << 18, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return 2.0 * source.nbytes / _best_time(lambda: target.copy_(source), device, 0.15)
+    copy = functools.partial(target.copy_, source)
+    return 2.0 * source.nbytes / min(_time_of(copy, device) for _ in range(8))
 
 
 @functools.cache
@@ -119,7 +124,8 @@ def choose_precision(device: torch.device) -> tuple[Precision, str]:
     """bf16 where the hardware has it and it measures faster than fp32, else fp32; and the reason in one line."""
     if not has_bf16(device):
         return "fp32", f"fp32: this {_kind(device)} has no bf16 matrix instructions"
-    fp32, bf16 = matmul_rate(device, "fp32"), matmul_rate(device, "bf16")
+    rates = matmul_rates(device)
+    fp32, bf16 = rates["fp32"], rates["bf16"]
     measured = f"measured {bf16 / 1e9:,.0f} GFLOP/s in bf16 and {fp32 / 1e9:,.0f} in fp32"
     if bf16 < BF16_MARGIN * fp32:
         return "fp32", f"fp32: {measured}, which is no gain worth its rounding"
@@ -157,7 +163,7 @@ class Environment:
     cpu_features: list[str]
     gpus: list[str]
     device: str
-    matmul_rate: dict[str, float]
+    matmul_rate: dict[Precision, float]
     memory_rate: float
     precision: str
     precision_reason: str
@@ -201,7 +207,7 @@ def environment() -> Environment:
         cpu_features=cpu_features(),
         gpus=_gpu_names(),
         device=device.type,
-        matmul_rate={name: matmul_rate(device, name) for name in DTYPES},
+        matmul_rate=dict(matmul_rates(device)),
         memory_rate=memory_rate(device),
         precision=precision,
         precision_reason=reason,
@@ -209,19 +215,13 @@ def environment() -> Environment:
     )
 
 
-def _best_time(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Seconds of the fastest of repeated runs within `budget` seconds (at least two, the first is warm-up)."""
+def _time_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's queue empty before and after."""
+    synchronize(device)
+    begin = time.perf_counter()
     work()
     synchronize(device)
-    best, start = float("inf"), time.perf_counter()
-    while True:
-        begin = time.perf_counter()
-        work()
-        synchronize(device)
-        end = time.perf_counter()
-        best = min(best, end - begin)
-        if end - start > budget:
-            return best
+    return time.perf_counter() - begin
 
 
 def _random(side: int, device: torch.device) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nextvec.config import RunConfig
 from nextvec.errors import DataError, UserError
-from nextvec.hardware import Precision, choose_precision, matmul_rate, memory_in_use, synchronize
+from nextvec.hardware import Precision, choose_precision, matmul_rates, memory_in_use, synchronize
 from nextvec.train import checkpoint
 from nextvec.train.compile import compile_blocks
 from nextvec.train.data import Data
@@ -103,7 +103,7 @@ class Sitting:
         self.counts: dict[str, int] = {}
         self.saved_step: int | None = None
         self.flops_per_token = 0.0
-        self.peak_rate = matmul_rate(device, self.precision)
+        self.peak_rate = matmul_rates(device)[self.precision]
         if found is not None:
             state = found.state
             self.sums = {n: t.to(device) for n, t in checkpoint.restore(found, self.bare, self.optimizer).items()}
