@@ -370,6 +370,11 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(
 
     monkeypatch.setattr("nextvec.text.prepare.prepare", interrupted)
     out = str(tmp_path / "out")
-    code, said, _ = command(monkeypatch, capsys, "prepare", corpus(tmp_path), "--tokenizer", "bytes", "--out", out)
+    code, _, said = command(monkeypatch, capsys, "prepare", corpus(tmp_path), "--tokenizer", "bytes", "--out", out)
     assert code == 130
     assert "finished shards are kept, the same command goes on from there" in said
+
+
+def test_worker_processes_start_without_torch() -> None:
+    code = "import sys, nextvec.text.prepare; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

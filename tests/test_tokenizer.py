@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers, processors
 
 from nextvec.errors import ConfigError, DataError
+from nextvec.text import encoding
 from nextvec.text import tokenizer as module
 from nextvec.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 
@@ -87,13 +88,22 @@ def test_specials_are_shown_unless_asked_otherwise() -> None:
         made.decode([65, 259])
 
 
-def test_long_texts_are_encoded_in_pieces_with_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_are_cut_where_no_token_crosses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = train_tokenizer(iter(TEXTS), 300)
     text = "".join(TEXTS) + "a\n\n  b\n c \nd\ne  \n\n" * 30 + "(x)\ny"
-    whole = made.encode(text)
     monkeypatch.setattr(module, "SPLIT_ABOVE", 7)
-    assert len(module._pieces(text)) > 20
-    assert made.encode_batch([text, "", text]) == [whole, [], whole]
+    pieces = made.split(text)
+    assert len(pieces) > 20
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in made.encode(piece)] == made.encode(text)
+    monkeypatch.setattr(encoding, "SMALL", 50)
+    texts = [text, "", "short", text]
+    ids, lengths = encoding.encode(texts, made, "uint16")
+    assert ids.dtype == "<u2"
+    assert ids.tolist() == [i for text in texts for i in (*made.encode(text), made.eos_id)]
+    assert lengths.tolist() == [len(made.encode(text)) + 1 for text in texts]
+    words = load_tokenizer(foreign(tmp_path / "t", ["<unk>", "<s>", "</s>"]))
+    assert words.split(text) == [text]  # a cut could change the ids of other kinds of tokenizer
 
 
 def test_foreign_tokenizer_is_never_cut_padded_or_prefixed(tmp_path: Path) -> None:

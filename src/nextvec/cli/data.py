@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,7 +97,13 @@ def prepare(
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("prepare", total=1.0, note="")
 
+            shown = 0.0
+
             def show(fraction: float, documents: int, tokens: int) -> None:
+                nonlocal shown
+                if time.monotonic() - shown < 0.1:  # called for every document
+                    return
+                shown = time.monotonic()
                 bar.update(task, completed=fraction, note=f"{documents:,} documents, {tokens / 1e6:,.1f}M tokens")
 
             result = run(
@@ -112,6 +120,6 @@ def prepare(
                 show=show,
             )
     except KeyboardInterrupt:
-        print("nextvec: interrupted; finished shards are kept, the same command goes on from there")
+        print("nextvec: interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None
     print(result)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple, TypeVar
 
@@ -56,14 +57,23 @@ def encode_documents(
 
 def encode(texts: list[str], tokenizer: TextTokenizer, dtype: str) -> Encoded:
     """Ids of `texts` as one array of `dtype`, an end-of-text after each."""
-    encoded = tokenizer.encode_batch(texts)
-    lengths = np.fromiter((len(ids) + 1 for ids in encoded), dtype=np.int64, count=len(encoded))
-    out = np.full(int(lengths.sum()), tokenizer.eos_id, dtype=np.dtype(dtype).newbyteorder("<"))
-    start = 0
-    for ids, length in zip(encoded, lengths.tolist(), strict=True):
-        out[start : start + length - 1] = ids
-        start += length
-    return Encoded(out, lengths)
+    little = np.dtype(dtype).newbyteorder("<")
+    end = np.array([tokenizer.eos_id], dtype=little)
+    pieces = [tokenizer.split(text) for text in texts]
+    ids = _piece_ids([piece for parts in pieces for piece in parts], tokenizer, little)
+    documents = [[*islice(ids, len(parts)), end] for parts in pieces]
+    lengths = np.array([sum(map(len, parts)) for parts in documents], dtype=np.int64)
+    return Encoded(np.concatenate([part for parts in documents for part in parts]), lengths)
+
+
+def _piece_ids(pieces: list[str], tokenizer: TextTokenizer, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """Ids of each piece. Few pieces at a time: the library holds over 100 bytes a token while it encodes."""
+    first, size = 0, 0
+    for last, piece in enumerate(pieces, start=1):
+        size += len(piece)
+        if size >= SMALL or last == len(pieces):
+            yield from (np.array(ids, dtype=dtype) for ids in tokenizer.encode_batch(pieces[first:last]))
+            first, size = last, 0
 
 
 def _parallel(
