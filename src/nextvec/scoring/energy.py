@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nextvec.config import EnergySettings
 
-DELTA_FROM = 64  # latent dimensions from which the two-term expansion beats float32 rounding of the sum
+DELTA_FROM = 128  # latent dimensions from which the two-term expansion (3e-5) is as good as the quadrature, and cheaper
 NODES, LOW, HIGH = 12, -7.0, 5.0  # trapezoid nodes in log t for the quadrature: 1e-4 or better (spec section 4)
 
 
@@ -108,7 +108,7 @@ def _pair_mean(x_SNL: Tensor, alpha: float) -> Tensor:
 
 
 def _expected_distance(d_SNL: Tensor, std_NL: Tensor) -> Tensor:
-    """E||d - std * eps|| for standard normal eps, (S, N): from L = 64 by expansion, below by quadrature."""
+    """E||d - std * eps|| for standard normal eps, (S, N): from L = 128 by expansion, below by quadrature."""
     if d_SNL.shape[-1] >= DELTA_FROM:
         return expected_distance_expansion(d_SNL, std_NL)
     return expected_distance_quadrature(d_SNL, std_NL)
@@ -117,7 +117,7 @@ def _expected_distance(d_SNL: Tensor, std_NL: Tensor) -> Tensor:
 def expected_distance_expansion(d_SNL: Tensor, std_NL: Tensor) -> Tensor:
     """Two-term expansion sqrt(m) (1 - v / (8 m^2)) of E sqrt(Q), Q = ||d - std eps||^2 with mean m and variance v, (S, N).
 
-    Error 7e-6 at L = 128, 4e-4 at L = 32 (std in [0.1, 0.4]).
+    Relative error for std in [0.1, 0.4], draws close to the mean (the hard case): 3e-5 at L = 128, 5e-4 at L = 32.
     """
     variance = std_NL.square()
     squares = d_SNL.square()
