@@ -59,7 +59,7 @@ class Prepared:
             f"train    {self.train} ({self.documents - self.valid_documents:,} documents)",
             f"held out {self.valid} ({self.valid_documents:,} documents)"
             if self.valid
-            else "held out: no document; use a larger --valid-fraction, or prepare held-out text by itself",
+            else "held out nothing: --valid-fraction picks whole documents, by hash",
         ]
         if self.resumed:
             lines.append(f"kept {self.resumed:,} documents from an earlier run")

@@ -198,15 +198,15 @@ class Stream:
             return self.shards.read(start, length)
         end = start + length
         first = int(np.searchsorted(self._laid, start, side="right")) - 1
+        inside = int(self._raw[first] + start - self._laid[first])
+        if inside + length <= self._raw[first + 1]:  # within one document, the usual case: nothing to pad
+            return self.shards.read(inside, length)
         last = int(np.searchsorted(self._laid, end, side="left"))  # one past the last document touched
         raw, laid = self._raw[first : last + 1], self._laid[first : last + 1]
         # Where each document's real tokens begin and end inside this window; between them lies padding.
         begins = np.clip(laid[:-1], start, end) - start
         ends = np.clip(laid[:-1] + np.diff(raw), start, end) - start
-        raw_start = int(raw[0] + min(start - laid[0], raw[1] - raw[0]))
-        tokens = self.shards.read(raw_start, int((ends - begins).sum()))
-        if len(tokens) == length:
-            return tokens
+        tokens = self.shards.read(min(inside, int(raw[1])), int((ends - begins).sum()))
         edges = np.zeros(length + 1, dtype=np.int8)  # +1 where tokens begin, -1 where they end
         np.add.at(edges, begins, 1)
         np.add.at(edges, ends, -1)
