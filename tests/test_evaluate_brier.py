@@ -1,18 +1,21 @@
 """evaluate.ngrams and evaluate.brier: chained draws and whole documents against loops that feed one context at a time."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
 from nextvec.errors import ConfigError, DataError
+from nextvec.evaluate import ngrams
 from nextvec.evaluate.brier import evaluate_brier, hash_documents, plan_windows
 from nextvec.evaluate.ngrams import draw_ngrams
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 
 VOCAB = 7
-BACKBONE = BackboneConfig(layers=2, width=16, inner=24, heads=2)
+BACKBONE = BackboneConfig(layers=2, width=16, inner=24, heads=4, kv_heads=2)
 
 
 class GreedyTokenLM(TokenLM):
@@ -103,10 +106,12 @@ def test_chained_draws_equal_the_loop_over_positions(name, order):
     assert len(drawn.unique()) > 1 or order == 1
 
 
+@pytest.mark.parametrize("together", [1, 2, 3])
 @pytest.mark.parametrize("build", [token_model, lambda: calm_model(2)])
-def test_every_draw_is_conditioned_on_its_own_chain(build, monkeypatch):
+def test_every_draw_is_conditioned_on_its_own_chain(build, together, monkeypatch):
     """With real, differing draws: each state that a draw was made from is that of its own context and chain."""
     model = build()
+    monkeypatch.setattr(ngrams, "BRANCHES", together * 2 * 3)
     asked = []
     draw = model.draw_tokens
 
@@ -118,16 +123,16 @@ def test_every_draw_is_conditioned_on_its_own_chain(build, monkeypatch):
     ids = torch.randint(0, VOCAB, (2, 12), generator=generator(2))
     drawn = draw_ngrams(model, ids, 3, 4, generator(3), stride=4)
     links = 4 // model.patch_size - 1
-    assert len(asked) == 1 + 3 * links
+    groups = torch.arange(3).split(together)
+    assert len(asked) == 1 + len(groups) * links
     assert len({tuple(chain.flatten().tolist()) for chain in drawn}) == 3
-    for s in range(3):
+    for g, group in enumerate(groups):
         for link in range(links):
-            states = asked[1 + s * links + link]
-            for row in range(2):
-                for q in range(3):
-                    chain = drawn[s, row, q, : (link + 1) * model.patch_size].tolist()
-                    alone = state_after(model, ids[row, : 4 * (q + 1)].tolist() + chain)
-                    torch.testing.assert_close(states[row, q], alone, atol=1e-10, rtol=0)
+            states = asked[1 + g * links + link].unflatten(1, (len(group), 3))
+            for row, i, q in itertools.product(range(2), range(len(group)), range(3)):
+                chain = drawn[group[i], row, q, : (link + 1) * model.patch_size].tolist()
+                alone = state_after(model, ids[row, : 4 * (q + 1)].tolist() + chain)
+                torch.testing.assert_close(states[row, i, q], alone, atol=1e-10, rtol=0)
 
 
 def test_token_draws_follow_the_exact_law_of_a_pair():

@@ -62,8 +62,8 @@ def test_branches_equal_running_each_prefix_alone(model: Calm | TokenLM) -> None
     tokens, first, second = (ids(2, 6, model.patch_size, seed) for seed in range(3))
     state, trunk = model.trunk(tokens)
     torch.testing.assert_close(state, model.states(tokens), rtol=1e-11, atol=1e-11)
-    one, trunk_one = model.branch(first, trunk)
-    two, _ = model.branch(second, trunk_one)
+    one, trunk_one = model.branch(first, trunk, torch.arange(6))
+    two, _ = model.branch(second, trunk_one, torch.arange(6))
     for p in range(6):
         sequence = torch.cat((tokens[:, : p + 1], first[:, p : p + 1], second[:, p : p + 1]), dim=1)
         alone = model.states(sequence)

@@ -1,6 +1,6 @@
 """Draws of n-grams that follow a context, at many positions of a text at once.
 
-Legend: S draws, B rows, T tokens, P patches (T = P * K), K tokens per patch, Q starts, D width.
+Legend: S draws, B rows, T tokens, P patches (T = P * K), K tokens per patch, Q starts, N chains, D width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nextvec.errors import ConfigError
 from nextvec.model.interface import LanguageModel
+
+BRANCHES = 2048  # chains grown in one pass: bounds memory, and fastest on 2 cores
 
 
 @torch.no_grad()
@@ -27,7 +29,7 @@ def draw_ngrams(
 
     Every model is asked at the same starts, whatever its patch size: `stride` is the K of the comparison. Where one
     patch is shorter than the n-gram, patches are chained, each drawn given the previous drawn one (spec 5): the model
-    reads the text once, and each further patch of each draw costs one pass over all positions together.
+    reads the text once, and each further patch of each draw costs one pass over all starts together.
 
     Args: ids (B, T) int64, T a multiple of `stride`; first: the first start, default `stride` (the second patch).
     Returns (S, B, Q, order) int64. Raises ConfigError when the stride does not fit the model or the text.
@@ -44,16 +46,17 @@ def draw_ngrams(
         return model.draw_tokens(model.states(ids_BPK)[:, at_Q], draws, generator)[..., :order]
     state_BPD, trunk = model.trunk(ids_BPK)
     heads_SBQK = model.draw_tokens(state_BPD[:, at_Q], draws, generator)
+    together = max(1, BRANCHES // (len(ids_BT) * len(at_Q)))
     chains = []
-    for head_BQK in heads_SBQK:
-        parts, grown = [head_BQK], trunk
-        while K * len(parts) < order:
-            drawn_BPK = torch.zeros_like(ids_BPK)  # positions that start no n-gram are computed and not used
-            drawn_BPK[:, at_Q] = parts[-1]
-            state_BPD, grown = model.branch(drawn_BPK, grown)
-            parts.append(model.draw_tokens(state_BPD[:, at_Q], 1, generator)[0])
-        chains.append(torch.cat(parts, dim=-1)[..., :order])
-    return torch.stack(chains)
+    for heads_sBQK in heads_SBQK.split(together):
+        at_N = at_Q.repeat(len(heads_sBQK))  # N: the starts of one draw, then those of the next
+        parts_BNK, grown = [heads_sBQK.transpose(0, 1).flatten(1, 2)], trunk
+        while K * len(parts_BNK) < order:
+            state_BND, grown = model.branch(parts_BNK[-1], grown, at_N)
+            parts_BNK.append(model.draw_tokens(state_BND, 1, generator)[0])
+        chain_BNn = torch.cat(parts_BNK, dim=-1)[..., :order]
+        chains.append(chain_BNn.unflatten(1, (len(heads_sBQK), -1)).transpose(0, 1))
+    return torch.cat(chains)
 
 
 def check_stride(stride: int, patch_size: int) -> None:

@@ -1,6 +1,6 @@
 """The causal Transformer over positions, with a key/value cache and with branches.
 
-Legend: B batch, P positions, D width, H heads, E head dimension, C cached positions.
+Legend: B batch, P positions, D width, H heads, E head dimension, C cached positions, N branches.
 """
 
 from __future__ import annotations
@@ -39,20 +39,18 @@ class KVCache:
         return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
 
+Layers = list[tuple[Tensor, Tensor]]  # rotated keys and values of every layer
+
+
 @dataclass(frozen=True)
 class Trunk:
-    """Keys and values of a whole sequence and of the branches grown on it.
+    """Keys and values of a whole sequence, (B, H_kv, P, E), and of the branches grown on it, (B, H_kv, N, E).
 
-    `keys[layer]` is a list of (B, H_kv, P, E): the trunk first, then one entry per branch; entry c of position p
-    is the c-th patch appended after trunk positions 0..p.
+    Entry c of `branches` holds the c-th patch of each of the N branches.
     """
 
-    keys: list[list[Tensor]]
-    values: list[list[Tensor]]
-
-    @property
-    def depth(self) -> int:
-        return len(self.keys[0])
+    layers: Layers
+    branches: tuple[Layers, ...] = ()
 
 
 class Backbone(nn.Module):
@@ -67,7 +65,7 @@ class Backbone(nn.Module):
     def forward(self, x_BPD: Tensor, cache: KVCache | None = None) -> Tensor:
         """States of all positions; with a cache, the positions follow those cached and are appended to it."""
         start = 0 if cache is None else cache.length
-        cos, sin = self._rotary(start, x_BPD.shape[1], x_BPD)
+        cos, sin = self._rotary(torch.arange(start, start + x_BPD.shape[1], device=x_BPD.device), x_BPD)
         if cache is None:
             for block in self.blocks:
                 x_BPD = block(x_BPD, cos, sin)
@@ -87,39 +85,59 @@ class Backbone(nn.Module):
 
     def trunk(self, x_BPD: Tensor) -> tuple[Tensor, Trunk]:
         """States (B, P, D) of a whole sequence, with the keys and values that branches attend to."""
-        return self._grow(x_BPD, None)
-
-    def branch(self, x_BPD: Tensor, trunk: Trunk) -> tuple[Tensor, Trunk]:
-        """For every position p at once: the state after trunk positions 0..p, earlier branches at p, and input x[:, p].
-
-        Costs one pass over P positions, where a plain loop would run P sequences.
-        """
-        return self._grow(x_BPD, trunk)
-
-    def _grow(self, x_BPD: Tensor, trunk: Trunk | None) -> tuple[Tensor, Trunk]:
-        positions, depth = x_BPD.shape[1], 0 if trunk is None else trunk.depth
-        cos, sin = self._rotary(depth, positions, x_BPD)
-        mask = None
-        if trunk is not None:
-            causal = torch.ones(positions, positions, dtype=torch.bool, device=x_BPD.device).tril()
-            own = torch.eye(positions, dtype=torch.bool, device=x_BPD.device)
-            mask = torch.cat([causal] + [own] * depth, dim=1)
-        keys: list[list[Tensor]] = []
-        values: list[list[Tensor]] = []
-        for layer, block in enumerate(cast("list[Block]", self.blocks)):
+        cos, sin = self._rotary(torch.arange(x_BPD.shape[1], device=x_BPD.device), x_BPD)
+        layers: Layers = []
+        for block in cast("list[Block]", self.blocks):
             query, key, value = block.attention.project(block.attention_norm(x_BPD), cos, sin)
-            keys.append([*(trunk.keys[layer] if trunk else ()), key])
-            values.append([*(trunk.values[layer] if trunk else ()), value])
-            all_keys, all_values = torch.cat(keys[-1], dim=-2), torch.cat(values[-1], dim=-2)
-            x_BPD = x_BPD + block.attention.attend(query, all_keys, all_values, mask, causal=mask is None)
+            layers.append((key, value))
+            x_BPD = x_BPD + block.attention.attend(query, key, value, None, causal=True)
             x_BPD = x_BPD + block.mlp(block.mlp_norm(x_BPD))
-        return self.norm(x_BPD), Trunk(keys, values)
+        return self.norm(x_BPD), Trunk(layers)
 
-    def _rotary(self, start: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(start, start + count, device=like.device)
+    def branch(self, x_BND: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
+        """States (B, N, D) of N branches at once, each after trunk positions 0..at[n], its own earlier inputs, x[:, n].
+
+        Positions may repeat (several draws at one place) and stay the same from branch to branch. A branch sees the
+        trunk and itself only, so its attention is one product with the trunk and a dot product per own input, where a
+        plain loop would run N sequences.
+        """
+        cos, sin = self._rotary(at_N + 1 + len(trunk.branches), x_BND)
+        positions = trunk.layers[0][0].shape[-2]
+        hidden_NP = torch.arange(positions, device=at_N.device) > at_N[:, None]
+        grown: Layers = []
+        for layer, block in enumerate(cast("list[Block]", self.blocks)):
+            query, key, value = block.attention.project(block.attention_norm(x_BND), cos, sin)
+            grown.append((key, value))
+            own = [branch[layer] for branch in trunk.branches] + [(key, value)]
+            mixed = _attend_branch(query, trunk.layers[layer], own, hidden_NP)
+            x_BND = x_BND + block.attention.out(mixed.transpose(1, 2).flatten(-2))
+            x_BND = x_BND + block.mlp(block.mlp_norm(x_BND))
+        return self.norm(x_BND), Trunk(trunk.layers, (*trunk.branches, grown))
+
+    def _rotary(self, positions_P: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if torch.is_autocast_enabled(like.device.type):
             dtype = torch.get_autocast_dtype(like.device.type)
         elif like.dtype in (torch.bfloat16, torch.float16):
             dtype = like.dtype
-        return rotary_table(positions, self.config.head_dim, self.config.rope_base, dtype)
+        return rotary_table(positions_P, self.config.head_dim, self.config.rope_base, dtype)
+
+
+def _attend_branch(query_BHNE: Tensor, trunk: tuple[Tensor, Tensor], own: Layers, hidden_NP: Tensor) -> Tensor:
+    """softmax over the visible trunk positions and each branch's own inputs: mixed values (B, H, N, E).
+
+    Query heads are grouped by the key/value head that they share, G to each.
+    """
+    key_heads = trunk[0].shape[1]
+    query = query_BHNE.unflatten(1, (key_heads, -1)) * query_BHNE.shape[-1] ** -0.5  # (B, H_kv, G, N, E)
+    keys, values = (x.unsqueeze(2) for x in trunk)  # (B, H_kv, 1, P, E)
+    with_trunk = (query @ keys.transpose(-1, -2)).masked_fill(hidden_NP, float("-inf"))
+    with_own = torch.stack([(query * key.unsqueeze(2)).sum(dim=-1) for key, _ in own], dim=-1)
+    scores = torch.cat([with_trunk, with_own], dim=-1)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    weights = wide.softmax(dim=-1).to(values.dtype)
+    on_trunk, *on_own = weights.split([keys.shape[-2]] + [1] * len(own), dim=-1)
+    mixed = on_trunk @ values
+    for weight, (_, value) in zip(on_own, own, strict=True):
+        mixed = mixed + weight * value.unsqueeze(2)
+    return mixed.flatten(1, 2)

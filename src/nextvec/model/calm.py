@@ -93,9 +93,9 @@ class Calm(nn.Module):
         """States and what branches attend to (see Backbone.branch)."""
         return self.backbone.trunk(self.compressor(ids_BPK))
 
-    def branch(self, ids_BPK: Tensor, trunk: Trunk) -> tuple[Tensor, Trunk]:
-        """States (B, P, D) after appending patch ids[:, p] to trunk patches 0..p, for every p at once."""
-        return self.backbone.branch(self.compressor(ids_BPK), trunk)
+    def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
+        """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
+        return self.backbone.branch(self.compressor(ids_BNK), trunk, at_N)
 
     def draw_latents(self, state_ND: Tensor, draws: int, generator: torch.Generator | None = None) -> Tensor:
         """S latents (S, ..., L) for states (..., D): the model's predictive distribution of the next patch."""

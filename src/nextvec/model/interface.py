@@ -34,8 +34,8 @@ class LanguageModel(Protocol):
         """States, and the keys and values that branches attend to."""
         ...
 
-    def branch(self, ids_BPK: Tensor, trunk: Trunk) -> tuple[Tensor, Trunk]:
-        """At every position p at once: the state after trunk patches 0..p, earlier branches, and the given patch."""
+    def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
+        """N branches at once: the states (B, N, D) after trunk patches 0..at[n], earlier patches of branch n, ids[:, n]."""
         ...
 
     def draw_tokens(self, state_ND: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:

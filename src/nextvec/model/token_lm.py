@@ -63,9 +63,9 @@ class TokenLM(nn.Module):
         """States and what branches attend to (see Backbone.branch)."""
         return self.backbone.trunk(self.embedding(ids_BPK[..., 0]))
 
-    def branch(self, ids_BPK: Tensor, trunk: Trunk) -> tuple[Tensor, Trunk]:
-        """States (B, P, D) after appending token ids[:, p] to trunk tokens 0..p, for every p at once."""
-        return self.backbone.branch(self.embedding(ids_BPK[..., 0]), trunk)
+    def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
+        """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
+        return self.backbone.branch(self.embedding(ids_BNK[..., 0]), trunk, at_N)
 
     def logits(self, state_ND: Tensor) -> Tensor:
         """Next-token logits (..., V)."""
