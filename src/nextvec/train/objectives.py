@@ -5,13 +5,16 @@ Legend: B rows, T tokens per row, P patches, K tokens per patch, D width, S draw
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nextvec.card import model_card
 from nextvec.config import AutoencoderRun, CalmRun, EnergySettings, RecipeSettings, RunConfig, TokenLMRun
 from nextvec.errors import ConfigError
 from nextvec.model.autoencoder import Autoencoder
@@ -19,7 +22,7 @@ from nextvec.model.calm import Calm
 from nextvec.model.cross_entropy import linear_cross_entropy
 from nextvec.model.init import initialise
 from nextvec.model.token_lm import TokenLM
-from nextvec.rundir import build_model, save_run
+from nextvec.rundir import save_run
 from nextvec.scoring.energy import energy_score_loss
 from nextvec.text.tokenizer import Tokenizer
 from nextvec.train.auxiliary import NextPatchTokens, auxiliary_scale
@@ -91,11 +94,31 @@ class TokenLMTraining(nn.Module):
         return loss, {"cross_entropy": loss.detach(), "accuracy": accuracy.detach()}
 
 
+@dataclass(frozen=True)
+class BrierProbe:
+    """Held-out documents on which BrierLM is measured during training (protocol documents-N, as `nextvec eval`)."""
+
+    documents: Sequence[np.ndarray]
+    context_tokens: int  # N
+    stride: int  # K of the comparison
+    draws: int = 4
+    seed: int = 0
+
+
 class Objective:
     """One run's training module, its held-out measurement and its export."""
 
-    def __init__(self, config: RunConfig, module: nn.Module, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        module: nn.Module,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        brier: BrierProbe | None = None,
+    ) -> None:
         self.config = config
+        self.brier = brier
+        self.measured: dict[str, Any] = {}  # the last evaluation, for the model card
         self.module: Any = module  # the loop may put a wrapper (DDP) here; `model` stays the bare model
         self.model = model
         self.tokenizer = tokenizer
@@ -106,8 +129,11 @@ class Objective:
         return result
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> dict[str, float]:
-        """Mean training metrics over held-out batches of ids (B, T); for CALM also the conditioning gap."""
+    def evaluate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> dict[str, Any]:
+        """Mean training metrics over held-out batches of ids (B, T).
+
+        For CALM also the conditioning gap; for CALM and the baseline Brier-1..4 and BrierLM where a probe was given.
+        """
         self.module.eval()
         sums: dict[str, float] = {}
         count = 0
@@ -118,51 +144,68 @@ class Objective:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             count += 1
+        result: dict[str, Any] = {name: value / count for name, value in sums.items()}
+        if self.brier is not None and isinstance(self.model, Calm | TokenLM):
+            result |= self._brier_figures(self.brier, self.model)
         self.module.train()
-        return {name: value / count for name, value in sums.items()}
+        self.measured = result
+        return result
+
+    def _brier_figures(self, probe: BrierProbe, model: Calm | TokenLM) -> dict[str, Any]:
+        from nextvec.evaluate.brier import evaluate_brier
+
+        found = evaluate_brier(
+            model,
+            probe.documents,
+            context_tokens=probe.context_tokens,
+            stride=probe.stride,
+            draws=probe.draws,
+            generator=torch.Generator(model.device).manual_seed(probe.seed),
+            tokenizer_hash=self.tokenizer.hash,
+        )
+        keep = ("brier", "brier_stderr", "brier_lm", "brier_lm_stderr")
+        return {name: value for name, value in found.to_dict().items() if name in keep}
 
     def _conditioning_gap(self, ids_BT: Tensor, energy: Tensor, generator: torch.Generator | None) -> Tensor:
         """Energy loss with states moved to other positions minus the true one: 0 while the head ignores its state."""
         assert isinstance(self.model, Calm)
-        training = CalmTraining.energy_terms
         ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
         state = self.model.states(ids_BPK[:, :-1])
         moved = state.flatten(0, 1).roll(state.shape[1] // 2 + 1, 0).view_as(state)
-        shuffled, _ = training(self._calm_training(), moved, ids_BPK[:, 1:], generator)
-        return shuffled - energy
-
-    def _calm_training(self) -> CalmTraining:
         module = getattr(self.module, "module", self.module)
         assert isinstance(module, CalmTraining)
-        return module
+        _, metrics = module.energy_terms(moved, ids_BPK[:, 1:], generator)
+        return metrics["energy"] - energy
 
-    def save(self, path: Path, card: str | None = None) -> None:
-        """Write the run directory's model files, without training-only parts."""
-        save_run(path, self.config, self.model, self.tokenizer, card)
+    def save(self, path: Path) -> None:
+        """Write the run directory's model files and card, without training-only parts."""
+        save_run(path, self.config, self.model, self.tokenizer, model_card(self.config, self.model, self.measured))
 
 
 def build_objective(
     config: RunConfig,
     tokenizer: Tokenizer,
     autoencoder: Autoencoder | None = None,
-    device: str | torch.device = "cpu",
+    brier: BrierProbe | None = None,
 ) -> Objective:
     """The objective of a run with fresh parameters from `config.train.seed`. CALM needs a trained `autoencoder`."""
     generator = torch.Generator().manual_seed(config.train.seed)
-    module: nn.Module
+    model: Autoencoder | Calm | TokenLM
+    module: AutoencoderTraining | CalmTraining | TokenLMTraining
     if isinstance(config, CalmRun):
         if autoencoder is None:
             raise ConfigError("training CALM needs a trained autoencoder: give --autoencoder RUN")
-        model: nn.Module = Calm(config.model, autoencoder, generator)
-        module = CalmTraining(model, config.energy, config.recipe)  # type: ignore[arg-type]
+        model = Calm(config.model, autoencoder, generator)
+        module = CalmTraining(model, config.energy, config.recipe)
         if module.auxiliary is not None:
-            initialise(module.auxiliary, generator)  # type: ignore[arg-type]
+            initialise(module.auxiliary, generator)
     elif isinstance(config, TokenLMRun):
-        model = build_model(config, generator)
-        module = TokenLMTraining(model)  # type: ignore[arg-type]
+        model = TokenLM(config.model, generator)
+        module = TokenLMTraining(model)
     else:
         assert isinstance(config, AutoencoderRun)
-        model = build_model(config, generator)
-        module = AutoencoderTraining(model)  # type: ignore[arg-type]
-    module.to(device).train()
-    return Objective(config, module, model, tokenizer)
+        model = Autoencoder(config.model)
+        initialise(model, generator)
+        module = AutoencoderTraining(model)
+    module.train()
+    return Objective(config, module, model, tokenizer, brier)

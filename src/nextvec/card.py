@@ -1,0 +1,66 @@
+"""The model card: README.md of a run directory, written from its configuration and measured figures alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nextvec.config import CalmRun, RunConfig, TokenLMRun
+
+if TYPE_CHECKING:
+    from torch import nn
+
+KINDS = {
+    "autoencoder": "a patch autoencoder: K tokens to one latent vector and back",
+    "calm": "a continuous autoregressive language model (CALM), which predicts the next vector of K tokens",
+    "token_lm": "a token Transformer, the baseline that CALM is compared with",
+}
+
+
+def model_card(config: RunConfig, model: nn.Module, measured: Mapping[str, Any]) -> str:
+    """Markdown: what it is, how it was trained, what was measured on held-out text, how to use it."""
+    kind: str = config.kind  # type: ignore[attr-defined]
+    data, train = config.data, config.train
+    tokens = train.steps * train.accumulate * data.rows * data.context_tokens
+    lines = [
+        f"# {kind}: {KINDS[kind]}",
+        "",
+        "Made with nextvec (CALM, arXiv 2510.27688). `config.yaml` holds every setting.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {sum(p.numel() for p in model.parameters()):,} |",
+        f"| data | {data.path}, packing {data.packing or 'as its manifest says'} |",
+        f"| context length | {data.context_tokens:,} tokens |",
+        f"| training | at most {train.steps:,} steps, {tokens:,} tokens; seed {train.seed} |",
+        f"| optimiser | AdamW, rate {config.optim.lr:g}, {config.optim.schedule} after {config.optim.warmup} steps |",
+    ]
+    if isinstance(config, CalmRun):
+        energy = config.energy
+        teacher = "exact teacher" if energy.teacher == "exact" else f"M = {energy.teacher_draws} teacher draws"
+        lines.append(f"| recipe | {config.recipe.name}; energy loss of S = {energy.draws} draws, {teacher} |")
+    lines += ["", "## Measured on held-out text during training", ""]
+    lines += [f"- {name}: {_figure(value)}" for name, value in measured.items()] or ["- nothing"]
+    if isinstance(config, CalmRun | TokenLMRun):
+        name = "Calm" if isinstance(config, CalmRun) else "TokenLM"
+        lines += [
+            "",
+            "## Use",
+            "",
+            "```python",
+            f"from nextvec import {name}",
+            "",
+            f'model = {name}.from_pretrained(".")',
+            'for text in model.stream("def ", temperature=0.5, seed=0):',
+            '    print(text, end="", flush=True)',
+            "```",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_figure(item) for item in value)
+    return "not defined (an order is not positive)" if value is None else str(value)
