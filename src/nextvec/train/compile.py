@@ -31,16 +31,17 @@ def compile_blocks(
     """Compile the repeated blocks in place with `nn.Module.compile()`; True when they run compiled.
 
     `trial` runs the module forward and backward once: compilation is lazy, so only a run shows whether it works. When
-    there is no compiler or the trial fails, the blocks stay eager. `say` gets one line: the seconds it took, or the reason. The first time on a machine is slow
-    (a C++ compiler's 10 to 30 s on a CPU); later runs find the kernels in torch's cache on disk.
+    there is no compiler or the trial fails, the blocks stay eager. `say` gets one line: the seconds it took, or the
+    reason. The first time on a machine is slow (10 to 30 s of a C++ compiler on a CPU); later runs find the kernels in
+    torch's cache on disk.
     """
     regions = compile_regions_of(module)
     problem = compiler_problem(device) or (None if regions else "this model offers no blocks to compile")
     if problem is None:
-        for region in regions:
-            region.compile(dynamic=False, backend=backend)
         try:
             begin = time.perf_counter()
+            for region in regions:
+                region.compile(dynamic=False, backend=backend)
             trial()
             say(f"compiled {len(regions)} blocks in {time.perf_counter() - begin:.0f} s")
             return True
