@@ -14,7 +14,7 @@ from torch import nn
 
 from nextvec.config import AutoencoderRun, CalmRun, RunConfig, TokenLMRun, dump_yaml, load_yaml, parse_run
 from nextvec.errors import ConfigError, DataError
-from nextvec.files import atomic_open, atomic_path
+from nextvec.files import atomic_open, write_tensors
 
 if TYPE_CHECKING:
     from nextvec.model.autoencoder import Autoencoder
@@ -58,8 +58,6 @@ def build_model(config: RunConfig, generator: torch.Generator | None = None) -> 
 
 def save_run(path: Path, config: RunConfig, model: nn.Module, tokenizer: Tokenizer, card: str | None = None) -> None:
     """Write config.yaml, tokenizer.json, the model card and last model.safetensors; each file whole or nothing."""
-    from safetensors.torch import save_file
-
     path = Path(path)
     with atomic_open(path / CONFIG) as handle:
         handle.write(dump_yaml(config))
@@ -68,8 +66,7 @@ def save_run(path: Path, config: RunConfig, model: nn.Module, tokenizer: Tokeniz
         with atomic_open(path / CARD) as handle:
             handle.write(card)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_path(path / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_tensors(path / WEIGHTS, tensors)
 
 
 def read_config(path: str | Path) -> RunConfig:
