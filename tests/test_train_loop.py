@@ -263,6 +263,10 @@ def test_full_disk_at_the_end_is_an_error_that_names_what_is_kept(
 ) -> None:
     run(tmp_path / "run", config(steps=4))
 
+    class Exporting(Fake):
+        def save(self, path: Path) -> None:
+            (path / "model.safetensors").write_bytes(b"still fits")
+
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -270,7 +274,8 @@ def test_full_disk_at_the_end_is_an_error_that_names_what_is_kept(
     with pytest.raises(
         DataError, match=r"step 8 was not written \(the disk is full\); the checkpoint of step 4 is kept"
     ):
-        run(tmp_path / "run", config(steps=8), resume=True)
+        run(tmp_path / "run", config(steps=8), Exporting(), resume=True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == b"still fits"
     assert (found := checkpoint.latest(tmp_path / "run")) is not None
     assert found.state.step == 4
     monkeypatch.undo()

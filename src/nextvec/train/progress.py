@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 _NOT_TERMS = {"kind", "step", "tokens", "seconds", "lr", "tokens_per_s", "share", "memory_bytes"}
+
+
+class _Live(Progress):
+    """A bar with speed and time to go, and the loss terms on a line of their own below it."""
+
+    terms = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.terms)
 
 
 class Display:
@@ -18,13 +30,13 @@ class Display:
     def __init__(self, steps: int, show: bool) -> None:
         self._steps = steps
         self._show = show
-        self._live: Progress | None = None
+        self._live: _Live | None = None
         self._task: TaskID | None = None
 
     def start(self, step: int) -> None:
         """Begin the live line, in a terminal."""
         if self._show and sys.stderr.isatty():
-            self._live = Progress(
+            self._live = _Live(
                 BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), console=Console(stderr=True)
             )
             self._task = self._live.add_task("", total=self._steps, completed=step, status="starting")
@@ -47,9 +59,10 @@ class Display:
     def log(self, row: dict[str, Any], eta: float | None, rate: float | None) -> None:
         """Show a train row; `eta` in seconds, `rate` the measured operations per second that `share` refers to."""
         if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=row["step"], status=escape(describe(row, eta, rate)))
+            self._live.terms = terms(row)
+            self._live.update(self._task, completed=row["step"], status=escape(speed(row, eta, rate)))
         elif self._show:
-            self.say(f"step {row['step']}/{self._steps}  {describe(row, eta, rate)}")
+            self.say(f"step {row['step']}/{self._steps}  {terms(row)}  {speed(row, eta, rate)}")
 
     def evaluation(self, row: dict[str, Any]) -> None:
         self.note(f"held out at step {row['step']}: {terms(row)}")
@@ -70,9 +83,9 @@ def terms(row: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def describe(row: dict[str, Any], eta: float | None, rate: float | None) -> str:
-    """A train row in one line: loss terms, rate of learning, speed, share of the machine, memory, time to go."""
-    parts = [terms(row), f"lr {row['lr']:.2g}", f"{row['tokens_per_s']:,.0f} tokens/s"]
+def speed(row: dict[str, Any], eta: float | None, rate: float | None) -> str:
+    """The bookkeeping of a train row: rate of learning, tokens/s, share of the machine, memory, time to go."""
+    parts = [f"lr {row['lr']:.2g}", f"{row['tokens_per_s']:,.0f} tokens/s"]
     if row["share"] is not None and rate is not None:
         parts.append(f"{100 * row['share']:.0f} % of {rate / 1e9:,.0f} GFLOP/s")
     parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB")

@@ -134,13 +134,17 @@ class Sitting:
             self._log()
             self._evaluate(interrupt)
         interrupted = interrupt.requested
-        self._save(last=True)
+        try:
+            self._save(last=True)
+        except DataError:
+            if not interrupted:
+                self._export()  # the model alone is a third of a checkpoint and may still fit
+            raise
         if interrupted:
             how = f"with: {self.command}" if self.command else "by training again with resume=True (--resume)"
             self.display.say(f"interrupted; step {self.step} is saved in {self.out}. Go on {how}")
         else:
-            with self._paused():
-                self.objective.save(self.out)
+            self._export()
         tokens = self.step * self.tokens_per_step
         return TrainResult(
             self.out, self.step, tokens, self.seconds, interrupted, self.precision, self.metrics.evaluation
@@ -284,6 +288,10 @@ class Sitting:
                 self.display.say(f"{line}, training goes on")
                 return
         self.saved_step = self.step
+
+    def _export(self) -> None:
+        with self._paused():
+            self.objective.save(self.out)
 
     def _kept(self) -> str:
         if self.saved_step is None:
