@@ -1,3 +1,79 @@
-"""nextvec: continuous autoregressive language models (CALM, arXiv 2510.27688)."""
+"""nextvec: continuous autoregressive language models (CALM, arXiv 2510.27688), which predict the next vector of K tokens.
+
+    from nextvec import Calm
+
+    model = Calm.from_pretrained("runs/demo/calm")
+    for text in model.stream("def ", temperature=0.5, seed=0):
+        print(text, end="", flush=True)
+
+Names are imported when first used, so that `import nextvec` and `nextvec --help` stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Autoencoder": "nextvec.model.autoencoder",
+    "BrierResult": "nextvec.scoring.brier",
+    "Calm": "nextvec.model.calm",
+    "Run": "nextvec.rundir",
+    "Sampling": "nextvec.sampling.generate",
+    "TokenLM": "nextvec.model.token_lm",
+    "TokenShards": "nextvec.text.shards",
+    "UserError": "nextvec.errors",
+    "energy_score_loss": "nextvec.scoring.energy",
+    "evaluate_brier": "nextvec.evaluate.brier",
+    "generate": "nextvec.sampling.generate",
+    "load_run": "nextvec.rundir",
+    "load_tokenizer": "nextvec.text.tokenizer",
+    "prepare": "nextvec.text.prepare",
+    "train": "nextvec.train.loop",
+}
+
+__all__ = [
+    "Autoencoder",
+    "BrierResult",
+    "Calm",
+    "Run",
+    "Sampling",
+    "TokenLM",
+    "TokenShards",
+    "UserError",
+    "__version__",
+    "energy_score_loss",
+    "evaluate_brier",
+    "generate",
+    "load_run",
+    "load_tokenizer",
+    "prepare",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from nextvec.errors import UserError
+    from nextvec.evaluate.brier import evaluate_brier
+    from nextvec.model.autoencoder import Autoencoder
+    from nextvec.model.calm import Calm
+    from nextvec.model.token_lm import TokenLM
+    from nextvec.rundir import Run, load_run
+    from nextvec.sampling.generate import Sampling, generate
+    from nextvec.scoring.brier import BrierResult
+    from nextvec.scoring.energy import energy_score_loss
+    from nextvec.text.prepare import prepare
+    from nextvec.text.shards import TokenShards
+    from nextvec.text.tokenizer import load_tokenizer
+    from nextvec.train.loop import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nextvec' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,6 +1,7 @@
 """Imports every module that registers verbs on the app, in the order in which help lists them."""
 
 from nextvec.cli import data as data
+from nextvec.cli import demo as demo
 from nextvec.cli import env as env
 from nextvec.cli import evaluate as evaluate
 from nextvec.cli import generate as generate

@@ -1,0 +1,90 @@
+"""What the demo trains and for how long. What was tried to find these settings is in docs/log.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nextvec.config import (
+    AutoencoderConfig,
+    AutoencoderRun,
+    BackboneConfig,
+    CalmConfig,
+    CalmRun,
+    DataSettings,
+    EnergyHeadConfig,
+    EnergySettings,
+    OptimSettings,
+    RecipeSettings,
+    TokenLMConfig,
+    TokenLMRun,
+    TrainSettings,
+)
+from nextvec.errors import ConfigError
+
+MINUTES = 8.0
+VOCABULARY, PATCH, LATENT = 2048, 4, 128
+VALID_FRACTION = 0.05  # about 40 files of the standard library
+BACKBONE = BackboneConfig(layers=4, width=192, inner=512, heads=4)
+CONTEXT = 1024  # tokens of a training window
+SCORED_CONTEXT, SCORED_LENGTH, SCORED_DRAWS = 512, 2048, 4  # documents-512 on the first 2,048 tokens of each file
+CANDIDATES = 100  # N of the batch temperature sampler
+SHARES = {"autoencoder": 0.24, "calm": 0.58, "baseline": 0.18}  # of the training time
+STEPS = 1_000_000  # not reached: the time budget ends a demo's training
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What is asked for. `minutes`: wall-clock time for everything; `seed`: draws all parameters and noise."""
+
+    out: Path = Path("runs/demo")
+    minutes: float = MINUTES
+    seed: int = 0
+    recipe: Literal["fast", "paper"] = "fast"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.minutes <= 1440:
+            raise ConfigError(f"minutes must be between 0.5 and 1440; got {self.minutes:g}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative; got {self.seed}")
+        if self.recipe not in ("fast", "paper"):
+            raise ConfigError(f"recipe must be fast or paper; got {self.recipe!r}")
+
+    def training_seconds(self, spent: float) -> dict[str, float]:
+        """Seconds of training per model, after `spent` on the corpus and with time kept for measuring and the report."""
+        reserve = min(90.0, 12.0 + 7.0 * self.minutes)
+        training = self.minutes * 60.0 - spent - reserve
+        return {name: max(3.0, share * training) for name, share in SHARES.items()}
+
+
+def autoencoder_run(demo: Demo, data: str, vocab_size: int, mask_id: int) -> AutoencoderRun:
+    return AutoencoderRun(
+        model=AutoencoderConfig(
+            vocab_size=vocab_size, patch_size=PATCH, width=128, inner=320, latent=LATENT, mask_id=mask_id
+        ),
+        data=DataSettings(path=data, context_tokens=CONTEXT, rows=4),
+        optim=OptimSettings(lr=4e-3, warmup=50),
+        train=TrainSettings(steps=STEPS, seed=demo.seed, log_every=20, eval_every=100),
+    )
+
+
+def calm_run(demo: Demo, data: str, autoencoder: AutoencoderConfig) -> CalmRun:
+    return CalmRun(
+        model=CalmConfig(autoencoder=autoencoder, backbone=BACKBONE, head=EnergyHeadConfig(blocks=2)),
+        energy=EnergySettings(draws=8, teacher="exact"),
+        recipe=RecipeSettings(name=demo.recipe),
+        data=DataSettings(path=data, context_tokens=CONTEXT, rows=8),
+        optim=OptimSettings(lr=3e-3, warmup=50),
+        train=TrainSettings(steps=STEPS, seed=demo.seed, log_every=10, eval_every=100),
+    )
+
+
+def baseline_run(demo: Demo, data: str, vocab_size: int) -> TokenLMRun:
+    return TokenLMRun(
+        model=TokenLMConfig(vocab_size=vocab_size, backbone=BACKBONE),
+        data=DataSettings(path=data, context_tokens=CONTEXT, rows=8),
+        optim=OptimSettings(lr=3e-3, warmup=50),
+        train=TrainSettings(steps=STEPS, seed=demo.seed, log_every=10, eval_every=100),
+    )

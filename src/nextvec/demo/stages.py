@@ -1,0 +1,128 @@
+"""Corpus and training of the demo. A finished stage is kept when an interrupted demo is started again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import NoReturn
+
+from nextvec.config import RunConfig
+from nextvec.demo import settings
+from nextvec.demo.settings import Demo
+from nextvec.errors import ConfigError, DataError
+from nextvec.evaluate.brier import Document
+from nextvec.files import read_json, write_json
+from nextvec.hardware import choose_device
+from nextvec.model.autoencoder import Autoencoder
+from nextvec.model.calm import Calm
+from nextvec.model.token_lm import TokenLM
+from nextvec.rundir import load_autoencoder
+from nextvec.text.prepare import prepare
+from nextvec.text.readers import documents, expand
+from nextvec.text.shards import TokenShards
+from nextvec.text.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from nextvec.train.loop import train
+from nextvec.train.objectives import BrierProbe, build_objective
+
+Say = Callable[[str], None]
+MADE = ("data", "autoencoder", "calm", "baseline", "summary.json", "details.json", "report.html")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Shards to train on, and the held-out documents that everything is scored on."""
+
+    shards: TokenShards
+    tokenizer: TextTokenizer
+    held_out: Sequence[Document]
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three trained models, in evaluation mode on the demo's device."""
+
+    autoencoder: Autoencoder
+    calm: Calm
+    baseline: TokenLM
+
+
+def open_folder(demo: Demo) -> None:
+    """Make the folder ours: new, or an unfinished demo of the same settings to go on with, or an older one to replace."""
+    marker = demo.out / "demo.json"
+    wanted = {name: value for name, value in asdict(demo).items() if name != "out"}
+    if marker.is_file():
+        same = read_json(marker, "demo settings") == wanted
+        if same and not (demo.out / "report.html").is_file():
+            return
+        for name in MADE:
+            path = demo.out / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    elif demo.out.exists() and (not demo.out.is_dir() or any(demo.out.iterdir())):
+        raise ConfigError(f"{demo.out} holds something that is not a demo; give another folder with --out")
+    write_json(marker, wanted)
+
+
+def corpus(demo: Demo, say: Say) -> Corpus:
+    """The standard library of this interpreter as shards; of each held-out file the first tokens."""
+    data = demo.out / "data"
+    if (data / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(data)
+    else:
+        say(f"Training a tokenizer of {settings.VOCABULARY:,} tokens on the Python standard library")
+        texts = documents(expand(["python-stdlib"]), "text", _refuse)
+        tokenizer = train_tokenizer(texts, settings.VOCABULARY)
+        tokenizer.save(data)
+    prepared = prepare(["python-stdlib"], tokenizer, data / "shards", valid_fraction=settings.VALID_FRACTION)
+    say(str(prepared))
+    assert prepared.valid is not None
+    valid = TokenShards.open(prepared.valid)
+    held_out = [valid.document(index)[: settings.SCORED_LENGTH] for index in range(valid.documents)]
+    return Corpus(TokenShards.open(prepared.train), tokenizer, held_out, prepared.text_bytes)
+
+
+def train_all(demo: Demo, corpus: Corpus, seconds: dict[str, float], say: Say) -> Models:
+    """Train what is not trained yet, each for its share of `seconds`."""
+    device = choose_device(demo.device)
+    data, tokenizer = str(corpus.shards.path), corpus.tokenizer
+    probe = BrierProbe(corpus.held_out, settings.SCORED_CONTEXT, settings.PATCH, draws=2, seed=demo.seed)
+
+    def stage(name: str, config: RunConfig, autoencoder: Autoencoder | None, brier: BrierProbe | None) -> None:
+        out = demo.out / name
+        if (out / "model.safetensors").is_file():
+            say(f"{out} is finished")
+            return
+        say(f"Training {name} for {seconds[name]:.0f} s")
+        result = train(
+            config,
+            build_objective(config, tokenizer, autoencoder, brier),
+            out,
+            resume=(out / "config.yaml").is_file(),
+            device=demo.device,
+            eval_batches=2,
+            time_budget=seconds[name],
+            command=f"nextvec demo --out {demo.out} --minutes {demo.minutes:g} --seed {demo.seed} --recipe {demo.recipe}",
+        )
+        if result.interrupted:
+            raise KeyboardInterrupt
+        say(f"{out}: {result.step:,} steps, {result.tokens:,} tokens, {result.tokens / result.seconds:,.0f} tokens/s")
+
+    stage(
+        "autoencoder",
+        settings.autoencoder_run(demo, data, tokenizer.vocab_size, tokenizer.mask_id),
+        None,
+        None,
+    )
+    autoencoder = load_autoencoder(demo.out / "autoencoder")[0]
+    stage("calm", settings.calm_run(demo, data, autoencoder.config), autoencoder, probe)
+    stage("baseline", settings.baseline_run(demo, data, tokenizer.vocab_size), None, probe)
+    calm = Calm.from_pretrained(demo.out / "calm", device)
+    return Models(calm.autoencoder, calm, TokenLM.from_pretrained(demo.out / "baseline", device))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise DataError(message)
