@@ -434,3 +434,12 @@ def test_config_is_written_first_and_metrics_are_json(tmp_path: Path) -> None:
     run(tmp_path / "good", config())
     for line in (tmp_path / "good" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda text: pytest.fail(text))
+
+
+def test_compile_without_blocks_is_one_line_and_trains_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "eager", config())
+    run(tmp_path / "asked", config(compile=True))
+    assert capsys.readouterr().err.splitlines() == ["this model offers no blocks to compile; training runs eagerly"]
+    assert_same(tmp_path / "eager", tmp_path / "asked", 10)
