@@ -19,7 +19,7 @@ KINDS = {
 
 def model_card(config: RunConfig, model: nn.Module, measured: Mapping[str, Any]) -> str:
     """Markdown: what it is, how it was trained, what was measured on held-out text, how to use it."""
-    kind: str = config.kind  # type: ignore[attr-defined]
+    kind = config.kind
     data, train = config.data, config.train
     tokens = train.steps * train.accumulate * data.rows * data.context_tokens
     lines = [

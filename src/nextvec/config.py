@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +20,7 @@ FORMAT = 1  # version of config.yaml in a run directory; a newer one is refused 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-C = TypeVar("C", bound="Config")
+R = TypeVar("R", bound="ModelRun")
 
 
 class Config(BaseModel):
@@ -145,6 +146,9 @@ class TokenLMConfig(Config):
         return 1
 
 
+ModelConfig: TypeAlias = AutoencoderConfig | CalmConfig | TokenLMConfig
+
+
 class EnergySettings(Config):
     """Energy loss (spec 4)."""
 
@@ -180,9 +184,12 @@ class DataSettings(Config):
 
 
 class OptimSettings(Config):
-    """AdamW and the rate schedule (spec 8)."""
+    """AdamW, or Muon for the hidden matrices with AdamW for the rest; and the rate schedule (spec 8)."""
 
-    lr: Annotated[float, Field(gt=0)] = 3e-4  # peak rate [P]
+    name: Literal["adamw", "muon"] = "adamw"  # [P]: adamw; muon [D]: docs/log.md has what it gains
+    lr: Annotated[float, Field(gt=0)] = 3e-4  # peak rate of AdamW [P]
+    matrix_lr: Annotated[float, Field(gt=0)] = 0.02  # peak rate of Muon, used by name="muon"
+    momentum: Rate = 0.95  # Nesterov momentum of Muon
     beta1: Rate = 0.9
     beta2: Rate = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -195,6 +202,7 @@ class OptimSettings(Config):
 class TrainSettings(Config):
     """The loop."""
 
+    init_std: Annotated[float, Field(gt=0)] = 0.02  # standard deviation of fresh matrices and embeddings [C]
     steps: Positive = 1000  # optimiser steps
     accumulate: Positive = 1  # batches per optimiser step
     seed: Count = 0
@@ -205,10 +213,17 @@ class TrainSettings(Config):
     save_every: Count = 0  # steps; 0: only at the end and on Ctrl-C
 
 
-class RunConfig(Config):
-    """What `nextvec train` does, kept as config.yaml in the run directory."""
+class ModelRun(Config):
+    """What config.yaml says of every run directory: the model, and by its subclass how it came about."""
 
     format: int = FORMAT
+    kind: str
+    model: ModelConfig
+
+
+class RunConfig(ModelRun):
+    """What `nextvec train` does, kept as config.yaml in the run directory."""
+
     data: DataSettings
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
@@ -231,20 +246,57 @@ class TokenLMRun(RunConfig):
     model: TokenLMConfig
 
 
+class ImportSettings(Config):
+    """Where converted weights came from (`nextvec convert`)."""
+
+    source: str  # directory or hub id, as given
+    revision: str | None = None  # commit on the hub
+    autoencoder: str | None = None  # directory or hub id that replaced the autoencoder of `source`
+    settings: dict[str, Any] = {}  # keys of the published config.json that `model` has no place for
+
+
+class ImportedRun(ModelRun):
+    """A run directory of converted weights: they were trained elsewhere, so there are no training settings."""
+
+    imported: ImportSettings
+
+
+class ImportedAutoencoder(ImportedRun):
+    kind: Literal["autoencoder"] = "autoencoder"
+    model: AutoencoderConfig
+
+
+class ImportedCalm(ImportedRun):
+    kind: Literal["calm"] = "calm"
+    model: CalmConfig
+
+
 RUN_KINDS: dict[str, type[RunConfig]] = {"autoencoder": AutoencoderRun, "calm": CalmRun, "token_lm": TokenLMRun}
+IMPORTED_KINDS: dict[str, type[ImportedRun]] = {"autoencoder": ImportedAutoencoder, "calm": ImportedCalm}
 
 
 def parse_run(data: Any, source: str) -> RunConfig:
-    """Dispatch on `kind` and `format`. Raises ConfigError for a newer format or an unknown kind."""
+    """Settings of a training run. Raises ConfigError for a newer format or an unknown kind."""
+    return _parse_kind(data, source, RUN_KINDS)
+
+
+def parse_any_run(data: Any, source: str) -> ModelRun:
+    """Settings of a run directory, trained or converted. Raises ConfigError as `parse_run`."""
+    if isinstance(data, dict) and "imported" in data:
+        return _parse_kind(data, source, IMPORTED_KINDS)
+    return parse_run(data, source)
+
+
+def _parse_kind(data: Any, source: str, kinds: Mapping[str, type[R]]) -> R:
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping of settings, got {type(data).__name__}")
     found = data.get("format", FORMAT)
     if not isinstance(found, int) or found > FORMAT:
         raise ConfigError(f"{source}: format {found} is newer than this nextvec reads ({FORMAT}); upgrade nextvec")
     kind = data.get("kind")
-    if kind not in RUN_KINDS:
-        raise ConfigError(f"{source}: kind must be one of {', '.join(RUN_KINDS)}; got {kind!r}")
-    return RUN_KINDS[kind].parse(data, source)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ConfigError(f"{source}: kind must be one of {', '.join(kinds)}; got {kind!r}")
+    return kinds[kind].parse(data, source)
 
 
 def load_yaml(path: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import nn
 
-from nextvec.config import AutoencoderRun, CalmRun, RunConfig, TokenLMRun, dump_yaml, load_yaml, parse_run
+from nextvec.config import CalmConfig, ModelRun, TokenLMConfig, dump_yaml, load_yaml, parse_any_run
 from nextvec.errors import ConfigError, DataError
 from nextvec.files import atomic_open, write_tensors
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Model: TypeAlias = Autoencoder | Calm | TokenLM
 
-CONFIG, WEIGHTS, CARD = "config.yaml", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD, TOKENIZER = "config.yaml", "model.safetensors", "README.md", "tokenizer.json"
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -33,52 +33,67 @@ class Run:
     """A loaded run directory; the model is in evaluation mode."""
 
     path: Path
-    config: RunConfig
+    config: ModelRun
     model: Model
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: converted without one; see `text_tokenizer`
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises DataError where the run has none, so that it cannot read or write text."""
+        if self.tokenizer is None:
+            raise DataError(
+                f"{self.path} has no {TOKENIZER}, which text needs: convert it again with --tokenizer, or put the "
+                f"{TOKENIZER} that its model was trained with into it"
+            )
+        return self.tokenizer
 
 
-def build_model(config: RunConfig, generator: torch.Generator | None = None) -> Model:
+def build_model(config: ModelRun, generator: torch.Generator | None = None) -> Model:
     """The bare model of a run's configuration; parameters are initialised from `generator` when given."""
     from nextvec.model.autoencoder import Autoencoder
     from nextvec.model.calm import Calm
     from nextvec.model.init import initialise
     from nextvec.model.token_lm import TokenLM
 
-    if isinstance(config, CalmRun):
+    if isinstance(config.model, CalmConfig):
         return Calm(config.model, generator=generator)
-    if isinstance(config, TokenLMRun):
+    if isinstance(config.model, TokenLMConfig):
         return TokenLM(config.model, generator=generator)
-    assert isinstance(config, AutoencoderRun)
     model = Autoencoder(config.model)
     if generator is not None:
         initialise(model, generator)
     return model
 
 
-def save_run(path: Path, config: RunConfig, model: nn.Module, tokenizer: Tokenizer, card: str | None = None) -> None:
+def save_run(path: Path, config: ModelRun, model: nn.Module, tokenizer: Tokenizer, card: str | None = None) -> None:
     """Write config.yaml, tokenizer.json, the model card and last model.safetensors; each file whole or nothing."""
+    describe_run(path, config, tokenizer, card)
+    write_tensors(Path(path) / WEIGHTS, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
+
+
+def describe_run(path: Path, config: ModelRun, tokenizer: Tokenizer | None, card: str | None) -> None:
+    """Write all of a run directory but its weights."""
     path = Path(path)
     with atomic_open(path / CONFIG) as handle:
         handle.write(dump_yaml(config))
-    tokenizer.save(path)
+    if tokenizer is not None:
+        tokenizer.save(path)
     if card is not None:
         with atomic_open(path / CARD) as handle:
             handle.write(card)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_tensors(path / WEIGHTS, tensors)
 
 
-def read_config(path: str | Path) -> RunConfig:
+def read_config(path: str | Path) -> ModelRun:
     """The configuration of a run directory. Raises DataError when `path` is none, ConfigError when it is damaged."""
     path = Path(path)
     if not (path / CONFIG).is_file():
         raise DataError(f"{path} is not a run directory: it has no {CONFIG}")
-    return parse_run(load_yaml(path / CONFIG), str(path / CONFIG))
+    return parse_any_run(load_yaml(path / CONFIG), str(path / CONFIG))
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Run:
-    """Load configuration, weights and tokenizer. Raises DataError or ConfigError in one sentence."""
+    """Load configuration, weights and tokenizer, if there is one. Raises DataError or ConfigError in one sentence."""
+    from nextvec.model.autoencoder import Autoencoder
     from nextvec.text.tokenizer import load_tokenizer
 
     path = Path(path)
@@ -87,11 +102,12 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
         model = build_model(config)
     _load_weights(model, path / WEIGHTS, device, dtype)
     model.eval().requires_grad_(False)
-    tokenizer = load_tokenizer(path)
-    expected = config.model.vocab_size  # type: ignore[attr-defined]
-    if tokenizer.vocab_size != expected:
-        raise DataError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {expected}")
-    if not isinstance(config, AutoencoderRun):
+    tokenizer = load_tokenizer(path) if (path / TOKENIZER).is_file() else None
+    if tokenizer is not None and tokenizer.vocab_size != config.model.vocab_size:
+        raise DataError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.model.vocab_size}"
+        )
+    if not isinstance(model, Autoencoder):
         model.tokenizer = tokenizer
     return Run(path, config, model, tokenizer)
 
@@ -105,7 +121,7 @@ def load_model(path: str | Path, kind: type[M], device: str | torch.device, dtyp
 
 
 def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> tuple[Autoencoder, Tokenizer]:
-    """The autoencoder of an autoencoder run, or the one inside a CALM run."""
+    """The autoencoder of an autoencoder run, or the one inside a CALM run; the run must have a tokenizer."""
     from nextvec.model.autoencoder import Autoencoder
     from nextvec.model.calm import Calm
 
@@ -113,7 +129,7 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> tu
     model = run.model.autoencoder if isinstance(run.model, Calm) else run.model
     if not isinstance(model, Autoencoder):
         raise ConfigError(f"{path} holds a {type(run.model).__name__}, which has no autoencoder")
-    return model, run.tokenizer
+    return model, run.text_tokenizer
 
 
 def _load_weights(model: nn.Module, path: Path, device: str | torch.device, dtype: torch.dtype) -> None:

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nextvec.cli import app
+
+if TYPE_CHECKING:
+    from nextvec.config import ModelRun
 
 BASELINE_STRIDE = 4  # tokens; K of the reference CALM
 
@@ -57,12 +60,12 @@ def evaluate(
         raise ConfigError(f"estimator must be one of {', '.join(get_args(Estimator))}; got {estimator!r}")
     where = choose_device(device)
     loaded = load_run(run, where)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model, tokenizer = loaded.model, loaded.text_tokenizer
     documents = read_documents(data, tokenizer, limit=max_documents, text_key=text_key)
     result: dict[str, Any] = {
         "nextvec": __version__,
         "run": str(run),
-        "kind": loaded.config.kind,  # type: ignore[attr-defined]
+        "kind": loaded.config.kind,
         "data": data,
     }
 
@@ -75,7 +78,7 @@ def evaluate(
             brier = evaluate_brier(
                 model,
                 documents,
-                context_tokens=loaded.config.data.context_tokens if context_tokens is None else context_tokens,
+                context_tokens=_context(loaded.config) if context_tokens is None else context_tokens,
                 stride=default_stride if stride is None else stride,
                 draws=draws,
                 generator=generator(),
@@ -99,6 +102,18 @@ def evaluate(
         result["reconstruction"] = reconstruction.to_dict()
     if json is not None:
         write_json(json, result)
+
+
+def _context(config: ModelRun) -> int:
+    """The context length of training, in tokens."""
+    from nextvec.config import RunConfig
+    from nextvec.errors import ConfigError
+
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            "converted weights come without the context length of their training: give --context-tokens N"
+        )
+    return config.data.context_tokens
 
 
 @contextmanager

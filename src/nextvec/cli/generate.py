@@ -43,12 +43,13 @@ def generate(
     loaded = load_run(run, choose_device(device))
     model = loaded.model
     assert isinstance(model, Calm | TokenLM)
+    tokenizer = loaded.text_tokenizer
     pieces = stream_text(
         model, prompt, temperature=temperature, candidates=candidates, max_tokens=max_tokens, seed=seed
     )
     mark = BOUNDARY if show_patches else ""
-    ids = loaded.tokenizer.encode(prompt)
-    shown = patch_texts(loaded.tokenizer, ids, model.patch_size)
+    ids = tokenizer.encode(prompt)
+    shown = patch_texts(tokenizer, ids, model.patch_size)
     if len(ids) % model.patch_size == 0:
         shown.append("")  # the prompt ends at a boundary; otherwise its last patch goes on with the first one drawn
     if isinstance(sys.stdout, io.TextIOWrapper):
