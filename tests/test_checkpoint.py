@@ -13,7 +13,7 @@ from nextvec.config import OptimSettings
 from nextvec.errors import ConfigError, DataError
 from nextvec.train import checkpoint
 from nextvec.train.checkpoint import TrainState
-from nextvec.train.optim import adamw
+from nextvec.train.optim import make_optimizer
 
 
 class Tied(nn.Module):
@@ -51,7 +51,7 @@ def state(step: int) -> TrainState:
 
 def trained(seed: int = 0) -> tuple[Tied, torch.optim.AdamW]:
     module = Tied(seed)
-    optimizer = adamw(module, OptimSettings())
+    optimizer = make_optimizer(module, OptimSettings())
     for _ in range(2):
         (module.first.weight.square().sum() * module.scale).backward()
         optimizer.step()
@@ -75,7 +75,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
     other = Tied(1)
     frozen = other.frozen.weight.clone()
-    again = adamw(other, OptimSettings())
+    again = make_optimizer(other, OptimSettings())
     restored = checkpoint.restore(found, other, again)
     assert torch.equal(other.first.weight, module.first.weight)
     assert other.second.weight is other.first.weight
@@ -182,7 +182,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert found is not None
     wide = Tied(0, width=8)
     with pytest.raises(DataError, match=r"does not fit this model: first\.weight differ"):
-        checkpoint.restore(found, wide, adamw(wide, OptimSettings()))
+        checkpoint.restore(found, wide, make_optimizer(wide, OptimSettings()))
 
 
 def test_frozen_digest_sees_frozen_values_only() -> None:
@@ -196,7 +196,9 @@ def test_frozen_digest_sees_frozen_values_only() -> None:
     assert checkpoint.frozen_digest(module) != before
 
 
-@pytest.mark.parametrize(("key", "free"), [("steps", True), ("log_every", True), ("seed", False), ("accumulate", False)])
+@pytest.mark.parametrize(
+    ("key", "free"), [("steps", True), ("log_every", True), ("seed", False), ("accumulate", False)]
+)
 def test_which_settings_may_change(tmp_path: Path, key: str, free: bool) -> None:
     save(tmp_path, 1)
     found = checkpoint.latest(tmp_path)
@@ -221,13 +223,13 @@ def test_nothing_is_pickled() -> None:
 def test_unused_parameters_have_no_state(tmp_path: Path) -> None:
     """A parameter that never had a gradient has no optimiser state, and gets none by resuming."""
     module = Tied(0)
-    optimizer = adamw(module, OptimSettings())
+    optimizer = make_optimizer(module, OptimSettings())
     module.first.weight.sum().backward()
     optimizer.step()
     checkpoint.save(tmp_path, state(1), module, optimizer, {})
     found = checkpoint.latest(tmp_path)
     assert found is not None
-    again = adamw(module, OptimSettings())
+    again = make_optimizer(module, OptimSettings())
     assert checkpoint.restore(found, module, again) == {}
     kept: list[Tensor] = list(again.state)
     assert kept[0] is module.first.weight

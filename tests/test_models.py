@@ -120,7 +120,8 @@ def test_token_draws_follow_the_softmax() -> None:
 
 
 def test_initialisation_is_what_its_page_says() -> None:
-    model = Calm(CONFIG, generator=torch.Generator().manual_seed(0))
+    model = Calm(CONFIG)
+    initialise(model, torch.Generator().manual_seed(0))
     big = Autoencoder(AutoencoderConfig(vocab_size=500, width=64, inner=64, latent=64))
     initialise(big, torch.Generator().manual_seed(0))
     assert abs(float(big.embedding.weight.detach().std()) / STD - 1.0) < 0.05
@@ -128,7 +129,10 @@ def test_initialisation_is_what_its_page_says() -> None:
     assert float(model.head.out.weight.detach().abs().max()) == 0.0
     assert float(model.head.out.bias.detach().abs().max()) == 0.0
     assert bool((model.backbone.norm.weight == 1.0).all())
-    same = Calm(CONFIG, generator=torch.Generator().manual_seed(0))
+    same = Calm(CONFIG)
+    before = same.autoencoder.squeeze.weight.clone()
+    initialise(same, torch.Generator().manual_seed(0))
+    assert torch.equal(same.autoencoder.squeeze.weight, before)  # frozen: not touched
     assert torch.equal(model.backbone.blocks[1].mlp.down.weight, same.backbone.blocks[1].mlp.down.weight)
 
 
@@ -222,7 +226,10 @@ def test_fused_cross_entropy_under_bfloat16_autocast_keeps_a_float32_loss() -> N
 
 
 def test_backbone_runs_in_bfloat16_autocast_with_the_right_dtypes() -> None:
-    model = Calm(CONFIG, generator=torch.Generator().manual_seed(0))
+    model = Calm(CONFIG)
+    initialise(model, torch.Generator().manual_seed(0))
+    initialise(model.autoencoder.requires_grad_(True), torch.Generator().manual_seed(1))
+    model.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         state = model.states(ids(1, 3, 4))
         posterior = model.teacher(ids(1, 3, 4))

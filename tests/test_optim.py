@@ -6,18 +6,67 @@ import pytest
 import torch
 from torch import nn
 
-from nextvec.config import OptimSettings
-from nextvec.train.optim import adamw, parameter_groups, rate_factor
+from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, OptimSettings
+from nextvec.model.autoencoder import Autoencoder
+from nextvec.model.calm import Calm
+from nextvec.train.optim import make_optimizer, parameter_groups, rate_factor
 
 
 def test_matrices_are_decayed_and_vectors_are_not() -> None:
     module = nn.ModuleDict({"embed": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "out": nn.Linear(4, 3)})
     module["out"].weight.requires_grad_(False)
-    groups = parameter_groups(module.named_parameters(), 0.1)
-    assert [(group["param_names"], group["weight_decay"]) for group in groups] == [
+    hidden, rest = parameter_groups(module.named_parameters(), OptimSettings(weight_decay=0.1))
+    assert hidden == []
+    assert [(group["param_names"], group["weight_decay"]) for group in rest] == [
         (["embed.weight"], 0.1),
         (["norm.weight", "norm.bias", "out.bias"], 0.0),
     ]
+
+
+def test_muon_takes_hidden_matrices_and_adamw_lookups_readouts_and_vectors() -> None:
+    config = CalmConfig(
+        autoencoder=AutoencoderConfig(vocab_size=11, width=8, inner=8, latent=4),
+        backbone=BackboneConfig(layers=1, width=8, inner=8, heads=2),
+        head=EnergyHeadConfig(blocks=1, noise=4),
+    )
+    hidden, rest = parameter_groups(Calm(config).named_parameters(), OptimSettings(name="muon", lr=0.1, matrix_lr=0.3))
+    names = {name for group in hidden for name in group["param_names"]}
+    assert "backbone.blocks.0.attention.out.weight" in names
+    assert "head.blocks.0.gate_up.weight" in names
+    assert "compressor.project.0.weight" in names
+    assert [(group["peak_lr"], group["weight_decay"]) for group in hidden + rest] == [
+        (0.3, 0.1),
+        (0.1, 0.1),
+        (0.1, 0.0),
+    ]
+    assert set(rest[0]["param_names"]) == {"compressor.embedding.weight", "head.noise_in.weight", "head.out.weight"}
+    model = Autoencoder(config.autoencoder)
+    _, rest = parameter_groups(model.named_parameters(), OptimSettings(name="muon"))
+    assert set(rest[0]["param_names"]) == {"embedding.weight", "to_latent.weight", "from_latent.weight"}
+
+
+def test_muon_with_adamw_equals_the_two_apart_and_survives_a_round_trip() -> None:
+    settings = OptimSettings(name="muon", lr=0.05, matrix_lr=0.03, weight_decay=0.2)
+    generator = torch.Generator().manual_seed(0)
+    module, twin = nn.Linear(6, 4), nn.Linear(6, 4)
+    twin.load_state_dict(module.state_dict())
+    ours = make_optimizer(module, settings)
+    muon = torch.optim.Muon([twin.weight], lr=0.03, weight_decay=0.2, momentum=0.95)
+    adamw = torch.optim.AdamW([twin.bias], lr=0.05, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for step in range(6):
+        for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        if step == 3:  # as after a resume: fresh objects, the saved state
+            saved = ours.state_dict()
+            ours = make_optimizer(module, settings)
+            ours.load_state_dict(saved)
+        ours.param_groups[0]["lr"] = muon.param_groups[0]["lr"] = 0.03 / (step + 1)
+        ours.step()
+        muon.step()
+        adamw.step()
+    assert torch.equal(module.weight, twin.weight)
+    assert torch.equal(module.bias, twin.bias)
 
 
 def test_adamw_equals_plain_loops() -> None:
@@ -28,7 +77,7 @@ def test_adamw_equals_plain_loops() -> None:
     gradients = [torch.randn(2, 3, generator=generator) for _ in range(5)]
     expected = module.weight.detach().double().clone()
     mean, square = torch.zeros_like(expected), torch.zeros_like(expected)
-    optimizer = adamw(module, settings)
+    optimizer = make_optimizer(module, settings)
     for step, gradient in enumerate(gradients, start=1):
         module.weight.grad = gradient.clone()
         optimizer.step()

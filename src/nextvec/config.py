@@ -335,9 +335,14 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 
 def unknown_key(key: str, known: list[str]) -> str:
     """One sentence for an unknown key, with the nearest known name."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys are {', '.join(known)}"
-    return f"unknown key {key!r}{hint}"
+    return unknown_name("key", key, known)
+
+
+def unknown_name(what: str, name: str, known: list[str]) -> str:
+    """One sentence for an unknown `what`, with the nearest known name."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known {what}s are {', '.join(known)}"
+    return f"unknown {what} {name!r}{hint}"
 
 
 def _yaml_value(text: str) -> Any:

@@ -55,11 +55,16 @@ def build_model(config: ModelRun, generator: torch.Generator | None = None) -> M
     from nextvec.model.init import initialise
     from nextvec.model.token_lm import TokenLM
 
+    model: Model
     if isinstance(config.model, CalmConfig):
-        return Calm(config.model, generator=generator)
-    if isinstance(config.model, TokenLMConfig):
-        return TokenLM(config.model, generator=generator)
-    model = Autoencoder(config.model)
+        autoencoder = Autoencoder(config.model.autoencoder)
+        if generator is not None:
+            initialise(autoencoder, generator)
+        model = Calm(config.model, autoencoder)
+    elif isinstance(config.model, TokenLMConfig):
+        model = TokenLM(config.model)
+    else:
+        model = Autoencoder(config.model)
     if generator is not None:
         initialise(model, generator)
     return model

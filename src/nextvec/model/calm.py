@@ -18,7 +18,6 @@ from nextvec.config import CalmConfig
 from nextvec.model.autoencoder import Autoencoder, Posterior
 from nextvec.model.backbone import Backbone, KVCache, Trunk
 from nextvec.model.heads.energy import EnergyHead
-from nextvec.model.init import initialise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,9 +47,7 @@ class Compressor(nn.Module):
 class Calm(nn.Module):
     """The whole model. Constructing it does no I/O; pass a trained `autoencoder` or load a run directory."""
 
-    def __init__(
-        self, config: CalmConfig, autoencoder: Autoencoder | None = None, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, config: CalmConfig, autoencoder: Autoencoder | None = None) -> None:
         super().__init__()
         width = config.backbone.width
         self.config = config
@@ -58,8 +55,6 @@ class Calm(nn.Module):
         self.compressor = Compressor(config.vocab_size, config.patch_size, width)
         self.backbone = Backbone(config.backbone)
         self.head = EnergyHead(config.head, width, config.autoencoder.latent)
-        if generator is not None:
-            initialise(self, generator)
         self.autoencoder = autoencoder if autoencoder is not None else Autoencoder(config.autoencoder)
         if self.autoencoder.config != config.autoencoder:
             raise ValueError("the autoencoder given has another configuration than config.autoencoder")

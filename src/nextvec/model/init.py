@@ -1,6 +1,6 @@
 """All initialisation in one place.
 
-Every matrix and embedding: normal, standard deviation 0.02 (the authors' `initializer_range`); biases 0; norms 1.
+Every matrix and embedding: normal, standard deviation 0.02 by default (the authors' `initializer_range`); biases 0; norms 1.
 Layers that a model names in `zero_initialised()` start at exactly 0 (the energy head's last layer).
 """
 
@@ -13,18 +13,19 @@ STD = 0.02
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Fill all parameters of `module` in registration order from `generator`."""
+def initialise(module: nn.Module, generator: torch.Generator, std: float = STD) -> None:
+    """Fill the parameters of `module` in registration order from `generator`; frozen ones keep their values."""
     zero = {id(parameter) for part in module.modules() for parameter in getattr(part, "zero_initialised", list)()}
     for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            if id(part.weight) in zero:
-                part.weight.zero_()
+        matrix = isinstance(part, nn.Linear | nn.Embedding)
+        if not matrix and not isinstance(part, nn.RMSNorm | nn.LayerNorm):
+            continue
+        for name, parameter in part.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            if name == "bias" or id(parameter) in zero:
+                parameter.zero_()
+            elif matrix:
+                parameter.normal_(0.0, std, generator=generator)
             else:
-                part.weight.normal_(0.0, STD, generator=generator)
-            if isinstance(part, nn.Linear) and part.bias is not None:
-                part.bias.zero_()
-        elif isinstance(part, nn.RMSNorm | nn.LayerNorm) and part.weight is not None:
-            part.weight.fill_(1.0)
-            if isinstance(part, nn.LayerNorm) and part.bias is not None:
-                part.bias.zero_()
+                parameter.fill_(1.0)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nextvec.config import TokenLMConfig
 from nextvec.model.backbone import Backbone, KVCache, Trunk
-from nextvec.model.init import initialise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,15 +24,13 @@ if TYPE_CHECKING:
 class TokenLM(nn.Module):
     """Embedding -> backbone -> logits; untied input and output embeddings (the paper's 281M count needs both)."""
 
-    def __init__(self, config: TokenLMConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, config: TokenLMConfig) -> None:
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.backbone.width)
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)
-        if generator is not None:
-            initialise(self, generator)
 
     @property
     def patch_size(self) -> int:

@@ -195,17 +195,15 @@ def build_objective(
     if isinstance(config, CalmRun):
         if autoencoder is None:
             raise ConfigError("training CALM needs a trained autoencoder: give --autoencoder RUN")
-        model = Calm(config.model, autoencoder, generator)
+        model = Calm(config.model, autoencoder)
         module = CalmTraining(model, config.energy, config.recipe)
-        if module.auxiliary is not None:
-            initialise(module.auxiliary, generator)
     elif isinstance(config, TokenLMRun):
-        model = TokenLM(config.model, generator)
+        model = TokenLM(config.model)
         module = TokenLMTraining(model)
     else:
         assert isinstance(config, AutoencoderRun)
         model = Autoencoder(config.model)
-        initialise(model, generator)
         module = AutoencoderTraining(model)
+    initialise(module, generator, config.train.init_std)
     module.train()
     return Objective(config, module, model, tokenizer, brier)

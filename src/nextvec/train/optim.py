@@ -1,52 +1,96 @@
-"""AdamW, its parameter groups, and the rate schedule as a pure function (spec 8)."""
+"""Optimisers, their parameter groups, and the rate schedule as a pure function (spec 8)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from nextvec.config import OptimSettings
 
+# Matrices with a vocabulary, latent or noise side: lookups and read-outs, which stay with AdamW (as Muon's author advises).
+EDGES = ("embedding", "output", "noise_in", "to_latent", "from_latent", "head.out")
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: everything with two or more dimensions is decayed, vectors (norms, biases) are not [P].
 
-    Parameters that need no gradient are left out. Each group keeps the names, in the order of the module.
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(groups for Muon, groups for AdamW). Everything with two or more dimensions is decayed, vectors are not [P].
+
+    Parameters that need no gradient are left out. Each group keeps the names, in the order of the module, and its peak rate.
     """
-    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    groups: list[dict[str, object]] = []
-    for matrices in (True, False):
-        chosen = [(name, parameter) for name, parameter in trained if (parameter.ndim >= 2) is matrices]
-        if chosen:
-            groups.append(
-                {
-                    "params": [parameter for _, parameter in chosen],
-                    "param_names": [name for name, _ in chosen],
-                    "weight_decay": weight_decay if matrices else 0.0,
-                }
-            )
-    return groups
+    chosen: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "edge": [], "vector": []}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            chosen[
+                _role(name, parameter) if settings.name == "muon" else "edge" if parameter.ndim >= 2 else "vector"
+            ].append((name, parameter))
 
+    def group(role: str, rate: float, decay: float) -> list[dict[str, Any]]:
+        members = chosen[role]
+        if not members:
+            return []
+        names, parameters = [name for name, _ in members], [parameter for _, parameter in members]
+        return [{"params": parameters, "param_names": names, "weight_decay": decay, "lr": rate, "peak_lr": rate}]
 
-def adamw(module: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW over the trained parameters of `module`, in one fused pass where torch has it for their device.
-
-    The module must already be on its device.
-    """
-    groups = parameter_groups(module.named_parameters(), settings.weight_decay)
-    assert groups, "nothing to train: no parameter requires a gradient"
-    device = next(p for p in module.parameters() if p.requires_grad).device.type
-    fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=fused
+    decay = settings.weight_decay
+    return group("hidden", settings.matrix_lr, decay), group("edge", settings.lr, decay) + group(
+        "vector", settings.lr, 0.0
     )
 
 
+def make_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimiser that `settings` names, over the trained parameters of `module`, which is already on its device.
+
+    AdamW runs in one fused pass where torch has it for the device.
+    """
+    hidden, rest = parameter_groups(module.named_parameters(), settings)
+    assert hidden or rest, "nothing to train: no parameter requires a gradient"
+    device = next(p for p in module.parameters() if p.requires_grad).device.type
+    fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device in ("cpu", "cuda", "mps")
+    adamw = torch.optim.AdamW(
+        rest, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=fused
+    )
+    return MuonAdamW(torch.optim.Muon(hidden, momentum=settings.momentum), adamw) if hidden else adamw
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024; torch.optim.Muon) and AdamW as one optimiser with one state and one list of groups."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts work on this optimiser's groups and state."""
+        first = 0
+        for part in self.parts:
+            last = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            first = last
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+
 def rate_factor(step: int, progress: float, steps: int, settings: OptimSettings) -> float:
-    """The learning rate of optimiser step `step` (from 0) as a fraction of `settings.lr`, in (0, 1].
+    """The learning rate of optimiser step `step` (from 0) as a fraction of its peak, in (0, 1].
 
     min(warm-up, decay). Warm-up rises linearly from 1/warmup to 1 over the first `warmup` steps; decay is 1, or for
     `linear` a line from 1 at the end of the warm-up to 0 at progress 1, which is one step after the last.
@@ -57,3 +101,10 @@ def rate_factor(step: int, progress: float, steps: int, settings: OptimSettings)
     if settings.schedule == "constant" or settings.warmup >= steps:
         return warm
     return min(warm, (1.0 - progress) / (1.0 - settings.warmup / steps))
+
+
+def _role(name: str, parameter: nn.Parameter) -> str:
+    if parameter.ndim < 2:
+        return "vector"
+    layer = name.removesuffix(".weight")
+    return "edge" if any(layer == edge or layer.endswith(f".{edge}") for edge in EDGES) else "hidden"

@@ -24,7 +24,7 @@ from nextvec.train.data import Data
 from nextvec.train.flops import count_flops
 from nextvec.train.interrupt import Interrupt
 from nextvec.train.metrics import METRICS, MetricsLog, Row
-from nextvec.train.optim import adamw, rate_factor
+from nextvec.train.optim import make_optimizer, rate_factor
 from nextvec.train.progress import Display, duration
 
 TRAIN, EVALUATE = 0, 1  # purposes of a generator
@@ -95,7 +95,7 @@ class Sitting:
         self.precision = self._choose_precision(found)
         self.accelerator = _accelerator(device, self.precision, settings.accumulate)
         self.bare: nn.Module = objective.module.to(device).train()
-        self.optimizer = adamw(self.bare, config.optim)
+        self.optimizer = make_optimizer(self.bare, config.optim)
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
 
         self.step, self.seconds, self.logged_step, self.logged_seconds = 0, 0.0, 0, 0.0
@@ -156,9 +156,9 @@ class Sitting:
 
     def _train_step(self) -> None:
         settings, progress = self.config.train, self._progress()
-        rate = self.config.optim.lr * rate_factor(self.step, progress, settings.steps, self.config.optim)
+        factor = rate_factor(self.step, progress, settings.steps, self.config.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = factor * group["peak_lr"]
         generator = generator_for(settings.seed, self.step, TRAIN, self.device)
         for micro in range(settings.accumulate):
             ids_BT = self.data.train.batch(self.step * settings.accumulate + micro).to(self.device, non_blocking=True)
@@ -211,7 +211,7 @@ class Sitting:
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
         }
-        row |= {"loss": loss, **means, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        row |= {"loss": loss, **means, "lr": self.optimizer.param_groups[-1]["lr"], "grad_norm": norm}
         share = self.flops_per_token * speed / self.peak_rate if self.flops_per_token else None
         row |= {"tokens_per_s": speed, "share": share, "memory_bytes": memory_in_use(self.device)}
         self.sums, self.counts = {}, {}
