@@ -26,7 +26,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Print a prompt and its continuation, patch by patch as it is drawn."""
-    from nextvec.config import AutoencoderRun
+    from nextvec.config import AutoencoderConfig
     from nextvec.errors import ConfigError
     from nextvec.hardware import choose_device
     from nextvec.model.calm import Calm
@@ -36,7 +36,7 @@ def generate(
     from nextvec.sampling.stream import patch_texts
 
     Sampling(temperature, candidates, max_tokens, seed)  # a bad value is told before a large model loads
-    if isinstance(read_config(run), AutoencoderRun):
+    if isinstance(read_config(run).model, AutoencoderConfig):
         raise ConfigError(
             f"{run} is an autoencoder, which has no next patch to draw: give the run of a calm or token_lm"
         )
