@@ -1,1 +1,1 @@
-
+"""Figures of trained models: reconstruction, BrierLM over whole documents, and what a model costs."""

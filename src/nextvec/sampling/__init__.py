@@ -1,1 +1,1 @@
-
+"""Temperature without likelihoods, and the one generation loop."""

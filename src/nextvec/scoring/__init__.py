@@ -1,1 +1,1 @@
-
+"""Scoring rules from draws alone: the energy score and BrierLM. Torch only."""

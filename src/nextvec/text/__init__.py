@@ -1,1 +1,1 @@
-
+"""Text to tokens: tokenizers, corpus readers, memory-mapped shards, batches."""

@@ -1,1 +1,1 @@
-
+"""The training loop and its parts: objectives, optimisers, checkpoints, metrics."""

@@ -1,1 +1,1 @@
-
+"""Heads: a backbone state and noise to draws of the next latent."""
