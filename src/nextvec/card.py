@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nextvec.config import CalmRun, RunConfig, TokenLMRun
+from nextvec.config import CalmRun, OptimSettings, RunConfig, TokenLMRun
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ def model_card(config: RunConfig, model: nn.Module, measured: Mapping[str, Any])
         f"| data | {data.path}, packing {data.packing or 'as its manifest says'} |",
         f"| context length | {data.context_tokens:,} tokens |",
         f"| training | at most {train.steps:,} steps, {tokens:,} tokens; seed {train.seed} |",
-        f"| optimiser | AdamW, rate {config.optim.lr:g}, {config.optim.schedule} after {config.optim.warmup} steps |",
+        f"| optimiser | {_optimiser(config.optim)} |",
     ]
     if isinstance(config, CalmRun):
         energy = config.energy
@@ -56,6 +56,11 @@ def model_card(config: RunConfig, model: nn.Module, measured: Mapping[str, Any])
             "```",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _optimiser(optim: OptimSettings) -> str:
+    name = f"Muon, rate {optim.matrix_lr:g}, and AdamW" if optim.name == "muon" else "AdamW"
+    return f"{name}, rate {optim.lr:g}; {optim.schedule} after {optim.warmup} steps of warm-up"
 
 
 def _figure(value: Any) -> str:

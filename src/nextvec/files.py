@@ -34,6 +34,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
+        temporary.chmod(0o666 & ~_umask())  # some writers make private files; ours are as open as any other
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
@@ -116,3 +117,9 @@ def fsync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
