@@ -30,7 +30,7 @@ def run_demo(demo: Demo, say: Callable[[str], None] = print) -> Path:
     stages.open_folder(demo)
     say(f"nextvec demo: {demo.minutes:g} minutes, everything under {demo.out}")
     corpus = stages.corpus(demo, say)
-    models = stages.train_all(demo, corpus, demo.training_seconds(time.monotonic() - began), say)
+    models = stages.train_all(demo, corpus, began, say)
     say("Scoring both models on held-out files, and letting them write")
     found = results.measure(demo, corpus, models)
     results.write(demo, corpus, models, found, time.monotonic() - began)

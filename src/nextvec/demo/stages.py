@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from nextvec.config import RunConfig
@@ -36,7 +38,7 @@ class Corpus:
     shards: TokenShards
     tokenizer: TextTokenizer
     held_out: Sequence[Document]
-    text_bytes: int
+    valid: Path
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ def corpus(demo: Demo, say: Say) -> Corpus:
     assert prepared.valid is not None
     valid = TokenShards.open(prepared.valid)
     held_out = [valid.document(index)[: settings.SCORED_LENGTH] for index in range(valid.documents)]
-    return Corpus(TokenShards.open(prepared.train), tokenizer, held_out, prepared.text_bytes)
+    return Corpus(TokenShards.open(prepared.train), tokenizer, held_out, prepared.valid)
 
 
-def train_all(demo: Demo, corpus: Corpus, seconds: dict[str, float], say: Say) -> Models:
-    """Train what is not trained yet, each for its share of `seconds`."""
+def train_all(demo: Demo, corpus: Corpus, began: float, say: Say) -> Models:
+    """Train what is not trained yet, each for its share of the time since `began` (time.monotonic)."""
     device = choose_device(demo.device)
     data, tokenizer = str(corpus.shards.path), corpus.tokenizer
     probe = BrierProbe(corpus.held_out, settings.SCORED_CONTEXT, settings.PATCH, draws=2, seed=demo.seed)
@@ -96,7 +98,8 @@ def train_all(demo: Demo, corpus: Corpus, seconds: dict[str, float], say: Say) -
         if (out / "model.safetensors").is_file():
             say(f"{out} is finished")
             return
-        say(f"Training {name} for {seconds[name]:.0f} s")
+        seconds = demo.seconds_for(name, time.monotonic() - began)
+        say(f"Training {name}: at most {seconds:.0f} s")
         result = train(
             config,
             build_objective(config, tokenizer, autoencoder, brier),
@@ -104,7 +107,8 @@ def train_all(demo: Demo, corpus: Corpus, seconds: dict[str, float], say: Say) -
             resume=(out / "config.yaml").is_file(),
             device=demo.device,
             eval_batches=2,
-            time_budget=seconds[name],
+            time_budget=seconds,
+            valid=corpus.valid,
             command=f"nextvec demo --out {demo.out} --minutes {demo.minutes:g} --seed {demo.seed} --recipe {demo.recipe}",
         )
         if result.interrupted:

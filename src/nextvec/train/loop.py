@@ -63,7 +63,7 @@ def train(
     out = Path(out)
     check_out(out, resume)
     place = choose_device(device)
-    display = Display(config.train.steps, show)
+    display = Display(config.train.steps, show, time_budget)
     notes: list[str] = []
     if data is None:
         data, note = open_data(config, valid, eval_batches)

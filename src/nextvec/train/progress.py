@@ -27,19 +27,21 @@ class _Live(Progress):
 class Display:
     """`note` and `log` speak only when `show` is set; `say` always does (warnings, how to go on)."""
 
-    def __init__(self, steps: int, show: bool) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, show: bool, budget: float | None = None) -> None:
+        """`budget`: seconds of training, where they and not `steps` end it."""
+        self._steps, self._budget = steps, budget
         self._show = show
         self._live: _Live | None = None
         self._task: TaskID | None = None
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, seconds: float) -> None:
         """Begin the live line, in a terminal."""
         if self._show and sys.stderr.isatty():
-            self._live = _Live(
-                BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), console=Console(stderr=True)
-            )
-            self._task = self._live.add_task("", total=self._steps, completed=step, status="starting")
+            unit = "steps" if self._budget is None else "s"
+            columns = (BarColumn(20), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[status]}"))
+            self._live = _Live(*columns, console=Console(stderr=True))
+            self._task = self._live.add_task("", total=round(self._budget or self._steps), status="starting")
+            self.advance(step, seconds)
             self._live.start()
 
     def say(self, line: str) -> None:
@@ -52,17 +54,20 @@ class Display:
         if self._show:
             self.say(line)
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, seconds: float) -> None:
+        """`seconds` of training so far, after `step` steps."""
         if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=step)
+            self._live.update(self._task, completed=step if self._budget is None else round(seconds))
 
     def log(self, row: dict[str, Any], eta: float | None, rate: float | None) -> None:
         """Show a train row; `eta` in seconds, `rate` the measured operations per second that `share` refers to."""
         if self._live is not None and self._task is not None:
             self._live.terms = terms(row)
-            self._live.update(self._task, completed=row["step"], status=escape(speed(row, eta, rate)))
+            self.advance(row["step"], row["seconds"])
+            self._live.update(self._task, status=escape(speed(row, eta, rate)))
         elif self._show:
-            self.say(f"step {row['step']}/{self._steps}  {terms(row)}  {speed(row, eta, rate)}")
+            of = f"/{self._steps}" if self._budget is None else f" ({row['seconds']:.0f} of {self._budget:.0f} s)"
+            self.say(f"step {row['step']}{of}  {terms(row)}  {speed(row, eta, rate)}")
 
     def evaluation(self, row: dict[str, Any]) -> None:
         self.note(f"held out at step {row['step']}: {terms(row)}")

@@ -115,7 +115,7 @@ class Sitting:
 
     def run(self, interrupt: Interrupt) -> TrainResult:
         settings = self.config.train
-        self.display.start(self.step)
+        self.display.start(self.step, self.seconds)
         if not self._finished():
             self._warm_up()
             if self.step and self._due(settings.eval_every):
@@ -174,7 +174,7 @@ class Sitting:
             self._add({**metrics, "loss": loss.detach()})
         self.step += 1
         self._tick()
-        self.display.advance(self.step)
+        self.display.advance(self.step, self.seconds)
 
     def _add(self, metrics: dict[str, Tensor]) -> None:
         """Sum metrics on the device until the next log line."""
@@ -315,7 +315,7 @@ class Sitting:
         self._tick()
         if self.logged_step == self.step:
             self.logged_seconds = self.seconds  # the first tokens/s shall not show the warm-up
-        if self.flops_per_token:
+        if self.flops_per_token and self.time_budget is None:
             left = (settings.steps - self.step) * self.tokens_per_step * self.flops_per_token / self.peak_rate
             self.display.note(
                 f"{self.flops_per_token / 1e6:,.1f} million operations per token; {settings.steps - self.step:,} steps "
