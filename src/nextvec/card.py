@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nextvec.config import CalmRun, OptimSettings, RunConfig, TokenLMRun
+from nextvec.config import CalmRun, ImportedRun, ModelRun, OptimSettings, RunConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,21 +41,43 @@ def model_card(config: RunConfig, model: nn.Module, measured: Mapping[str, Any])
         lines.append(f"| recipe | {config.recipe.name}; energy loss of S = {energy.draws} draws, {teacher} |")
     lines += ["", "## Measured on held-out text during training", ""]
     lines += [f"- {name}: {_figure(value)}" for name, value in measured.items()] or ["- nothing"]
-    if isinstance(config, CalmRun | TokenLMRun):
-        name = "Calm" if isinstance(config, CalmRun) else "TokenLM"
-        lines += [
-            "",
-            "## Use",
-            "",
-            "```python",
-            f"from nextvec import {name}",
-            "",
-            f'model = {name}.from_pretrained(".")',
-            'for text in model.stream("def ", temperature=0.5, seed=0):',
-            '    print(text, end="", flush=True)',
-            "```",
-        ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_use(config)]) + "\n"
+
+
+def imported_card(config: ImportedRun, parameters: int) -> str:
+    """Markdown: what converted weights are and where they came from; nothing about them was measured here."""
+    imported = config.imported
+    source = imported.source + (f", revision {imported.revision}" if imported.revision else "")
+    lines = [
+        f"# {config.kind}: {KINDS[config.kind]}",
+        "",
+        "Weights of others, converted with `nextvec convert`; they and their tokenizer keep the licence of their source.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| source | {source} |",
+        *([f"| autoencoder | {imported.autoencoder} |"] if imported.autoencoder else []),
+        f"| parameters | {parameters:,} |",
+    ]
+    return "\n".join([*lines, *_use(config)]) + "\n"
+
+
+def _use(config: ModelRun) -> list[str]:
+    if config.kind == "autoencoder":
+        return []
+    name = "Calm" if config.kind == "calm" else "TokenLM"
+    return [
+        "",
+        "## Use",
+        "",
+        "```python",
+        f"from nextvec import {name}",
+        "",
+        f'model = {name}.from_pretrained(".")',
+        'for text in model.stream("def ", temperature=0.5, seed=0):',
+        '    print(text, end="", flush=True)',
+        "```",
+    ]
 
 
 def _optimiser(optim: OptimSettings) -> str:
