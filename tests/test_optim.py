@@ -15,7 +15,7 @@ from nextvec.train.optim import make_optimizer, parameter_groups, rate_factor
 def test_matrices_are_decayed_and_vectors_are_not() -> None:
     module = nn.ModuleDict({"embed": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "out": nn.Linear(4, 3)})
     module["out"].weight.requires_grad_(False)
-    hidden, rest = parameter_groups(module.named_parameters(), OptimSettings(weight_decay=0.1))
+    hidden, rest = parameter_groups(module.named_parameters(), OptimSettings(name="adamw", weight_decay=0.1))
     assert hidden == []
     assert [(group["param_names"], group["weight_decay"]) for group in rest] == [
         (["embed.weight"], 0.1),
@@ -71,7 +71,7 @@ def test_muon_with_adamw_equals_the_two_apart_and_survives_a_round_trip() -> Non
 
 def test_adamw_equals_plain_loops() -> None:
     """Loshchilov and Hutter 2019, algorithm 2, in float64."""
-    settings = OptimSettings(lr=0.05, weight_decay=0.2)
+    settings = OptimSettings(name="adamw", lr=0.05, weight_decay=0.2)
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(3, 2)
     gradients = [torch.randn(2, 3, generator=generator) for _ in range(5)]

@@ -186,8 +186,8 @@ class DataSettings(Config):
 class OptimSettings(Config):
     """AdamW, or Muon for the hidden matrices with AdamW for the rest; and the rate schedule (spec 8)."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # [P]: adamw; muon [D]: docs/log.md has what it gains
-    lr: Annotated[float, Field(gt=0)] = 3e-4  # peak rate of AdamW [P]
+    name: Literal["adamw", "muon"] = "muon"  # [D]: leaves the energy loss's plateau, docs/log.md; the paper: adamw
+    lr: Annotated[float, Field(gt=0)] = 3e-3  # peak rate of AdamW [D]; the paper, with adamw for everything: 3e-4
     matrix_lr: Annotated[float, Field(gt=0)] = 0.02  # peak rate of Muon, used by name="muon"
     momentum: Rate = 0.95  # Nesterov momentum of Muon
     beta1: Rate = 0.9
@@ -202,7 +202,7 @@ class OptimSettings(Config):
 class TrainSettings(Config):
     """The loop."""
 
-    init_std: Annotated[float, Field(gt=0)] = 0.02  # standard deviation of fresh matrices and embeddings [C]
+    init_std: Annotated[float, Field(gt=0)] | None = None  # of fresh matrices; None: 0.8 / sqrt(width) [D]; 0.02 [C]
     steps: Positive = 1000  # optimiser steps
     accumulate: Positive = 1  # batches per optimiser step
     seed: Count = 0

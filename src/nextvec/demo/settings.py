@@ -64,12 +64,11 @@ class Demo:
         return max(3.0, STAGES[stage] / left * (self.minutes * 60.0 - spent - reserve))
 
 
-# Muon on the hidden matrices and a wider start leave the energy loss's plateau within 1M tokens, with AdamW none did.
-OPTIM = OptimSettings(name="muon", matrix_lr=0.02, lr=3e-3, warmup=30, schedule="linear")
+OPTIM = OptimSettings(warmup=30)
 
 
 def _train(demo: Demo, steps: int = STEPS) -> TrainSettings:
-    return TrainSettings(steps=steps, seed=demo.seed, init_std=0.06, log_every=20, eval_every=100)
+    return TrainSettings(steps=steps, seed=demo.seed, log_every=20, eval_every=100)
 
 
 def autoencoder_run(demo: Demo, data: str, vocab_size: int, mask_id: int) -> AutoencoderRun:
@@ -79,7 +78,7 @@ def autoencoder_run(demo: Demo, data: str, vocab_size: int, mask_id: int) -> Aut
             vocab_size=vocab_size, patch_size=PATCH, width=128, inner=320, latent=LATENT, mask_id=mask_id
         ),
         data=DataSettings(path=data, context_tokens=CONTEXT, rows=4),
-        optim=OPTIM.override(lr=4e-3),
+        optim=OPTIM,
         train=_train(demo, AUTOENCODER_STEPS),
     )
 

@@ -28,6 +28,7 @@ from nextvec.text.tokenizer import Tokenizer
 from nextvec.train.auxiliary import NextPatchTokens, auxiliary_scale
 
 Metrics = dict[str, Tensor]
+INIT_GAIN = 0.8  # standard deviation of fresh matrices times sqrt(width); 0.058 at width 192 (docs/log.md)
 
 
 class AutoencoderTraining(nn.Module):
@@ -204,6 +205,7 @@ def build_objective(
         assert isinstance(config, AutoencoderRun)
         model = Autoencoder(config.model)
         module = AutoencoderTraining(model)
-    initialise(module, generator, config.train.init_std)
+    width = config.model.width if isinstance(config, AutoencoderRun) else config.model.backbone.width
+    initialise(module, generator, config.train.init_std or INIT_GAIN / width**0.5)
     module.train()
     return Objective(config, module, model, tokenizer, brier)
