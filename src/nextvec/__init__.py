@@ -25,13 +25,14 @@ _HOME = {
     "TokenLM": "nextvec.model.token_lm",
     "TokenShards": "nextvec.text.shards",
     "UserError": "nextvec.errors",
+    "convert": "nextvec.reference.convert",
     "energy_score_loss": "nextvec.scoring.energy",
     "evaluate_brier": "nextvec.evaluate.brier",
     "generate": "nextvec.sampling.generate",
     "load_run": "nextvec.rundir",
     "load_tokenizer": "nextvec.text.tokenizer",
     "prepare": "nextvec.text.prepare",
-    "train": "nextvec.train.loop",
+    "preset": "nextvec.presets",
 }
 
 __all__ = [
@@ -44,13 +45,14 @@ __all__ = [
     "TokenShards",
     "UserError",
     "__version__",
+    "convert",
     "energy_score_loss",
     "evaluate_brier",
     "generate",
     "load_run",
     "load_tokenizer",
     "prepare",
-    "train",
+    "preset",
 ]
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
     from nextvec.model.autoencoder import Autoencoder
     from nextvec.model.calm import Calm
     from nextvec.model.token_lm import TokenLM
+    from nextvec.presets import preset
+    from nextvec.reference.convert import convert
     from nextvec.rundir import Run, load_run
     from nextvec.sampling.generate import Sampling, generate
     from nextvec.scoring.brier import BrierResult
@@ -66,7 +70,6 @@ if TYPE_CHECKING:
     from nextvec.text.prepare import prepare
     from nextvec.text.shards import TokenShards
     from nextvec.text.tokenizer import load_tokenizer
-    from nextvec.train.loop import train
 
 
 def __getattr__(name: str) -> Any:
