@@ -1,0 +1,43 @@
+"""A benchmark's result for a reader at a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAMES = {"ours": "nextvec", "plain": "plain", "t05": "T = 0.5", "t1": "T = 1", "evaluate": "evaluation"}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """A few lines from the JSON object of `run`."""
+    machine, arms = found["machine"], found["arms"]
+    load = next(iter(arms.values()))["load_average"]
+    loads = "" if load[0] is None else f", load average {load[0]:.1f} to {load[1]:.1f}"
+    head = f"bench {found['bench']}: {found['device']} {found['precision']}, {machine['threads']} threads{loads}"
+    rows = [head]
+    for name, arm in arms.items():
+        rate, seconds = arm["tokens_per_s"], arm["seconds"]["median"]
+        rows.append(
+            f"{NAMES[name]:<11}{rate['median']:>12,.0f} tokens/s ({rate['min']:,.0f} to {rate['max']:,.0f}), "
+            f"{1e3 * seconds:,.1f} ms for {arm['tokens']:,} tokens, peak {_bytes(arm['peak_bytes'])}, "
+            f"{arm['share_of_limit']:.0%} of the time is what its matrix products take alone, "
+            f"{arm['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+        )
+    if found["ratio"] is not None:
+        ends = found["repeats"]["ratio"]
+        rows.append(f"{'ratio':<11}{found['ratio']:>12.2f} ({ends['min']:.2f} to {ends['max']:.2f} in single repeats)")
+    squares = [f"{row['dtype']} {row['side']}: {_rate(row['flops_per_s'])}" for row in found["limits"]["matmul"]]
+    rows.append(
+        f"square products in GFLOP/s: {', '.join(squares)}; memory {found['limits']['memory_bytes_per_s'] / 1e9:,.0f} GB/s"
+    )
+    for name, arm in arms.items():
+        parts = [f"{part} {row['share']:.0%}" for part, row in arm["breakdown"].items()]
+        rows.append(f"parts of {NAMES[name]}: {', '.join(parts)}")
+    return rows
+
+
+def _bytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:,.0f} MiB"
+
+
+def _rate(flops_per_s: float | None) -> str:
+    return "-" if flops_per_s is None else f"{flops_per_s / 1e9:,.0f}"
