@@ -28,7 +28,9 @@ VOCABULARY, PATCH, LATENT = 2048, 4, 128
 VALID_FRACTION = 0.05  # about 40 files of the standard library
 BACKBONE = BackboneConfig(layers=4, width=192, inner=512, heads=4)
 CONTEXT = 1024  # tokens of a training window
-SCORED_CONTEXT, SCORED_LENGTH, SCORED_DRAWS = 512, 2048, 4  # documents-512 on the first 2,048 tokens of each file
+SCORED_CONTEXT, SCORED_DRAWS = 512, 4  # documents-512
+SCORED_LENGTH, PROBED_LENGTH = 2048, 512  # first tokens of each held-out file, at the end and during training
+SHORT = 4.0  # minutes; a shorter demo scores only the first PROBED_LENGTH tokens at the end, too
 CANDIDATES = 100  # N of the batch temperature sampler
 STAGES = {"autoencoder": 0.18, "calm": 0.62, "baseline": 0.20}  # in order, with shares of the training time
 STEPS = 1_000_000  # not reached: the time budget ends training, but for the autoencoder:
@@ -52,6 +54,11 @@ class Demo:
             raise ConfigError(f"seed must not be negative; got {self.seed}")
         if self.recipe not in ("fast", "paper"):
             raise ConfigError(f"recipe must be fast or paper; got {self.recipe!r}")
+
+    @property
+    def scored_length(self) -> int:
+        """Tokens of each held-out file that the final figures are measured on."""
+        return SCORED_LENGTH if self.minutes >= SHORT else PROBED_LENGTH
 
     def seconds_for(self, stage: str, spent: float) -> float:
         """Training seconds of a stage that starts `spent` seconds after the demo: its share of what is left.

@@ -83,7 +83,7 @@ def corpus(demo: Demo, say: Say) -> Corpus:
     say(str(prepared))
     assert prepared.valid is not None
     valid = TokenShards.open(prepared.valid)
-    held_out = [valid.document(index)[: settings.SCORED_LENGTH] for index in range(valid.documents)]
+    held_out = [valid.document(index)[: demo.scored_length] for index in range(valid.documents)]
     return Corpus(TokenShards.open(prepared.train), tokenizer, held_out, prepared.valid)
 
 
@@ -91,7 +91,8 @@ def train_all(demo: Demo, corpus: Corpus, began: float, say: Say) -> Models:
     """Train what is not trained yet, each for its share of the time since `began` (time.monotonic)."""
     device = choose_device(demo.device)
     data, tokenizer = str(corpus.shards.path), corpus.tokenizer
-    probe = BrierProbe(corpus.held_out, settings.SCORED_CONTEXT, settings.PATCH, draws=2, seed=demo.seed)
+    probed = [document[: settings.PROBED_LENGTH] for document in corpus.held_out]
+    probe = BrierProbe(probed, settings.SCORED_CONTEXT, settings.PATCH, draws=2, seed=demo.seed)
 
     def stage(name: str, config: RunConfig, autoencoder: Autoencoder | None, brier: BrierProbe | None) -> None:
         out = demo.out / name
