@@ -1,60 +1,79 @@
-"""evaluate.cost: the paper's table, the parameters of real models, and operations counted by torch."""
+"""evaluate.cost and evaluate.paper: the paper's table, parameters of real models, operations counted by torch; `flops`."""
 
 import json
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nextvec.cli import main
 from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
-from nextvec.evaluate.cost import calm_cost, cost, token_lm_cost
+from nextvec.evaluate.cost import autoencoder_cost, calm_cost, token_lm_cost
+from nextvec.evaluate.paper import TABLE, draw_of_paper, savings, table1, table1_text
+from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
+from nextvec.presets import preset
 
-PAPER_TOKENS = 250_000 * 2.0e6
-VOCAB = 128256
-
-
-def transformer(layers, width, inner, heads):
-    backbone = BackboneConfig(layers=layers, width=width, inner=inner, heads=heads)
-    return TokenLMConfig(vocab_size=VOCAB, backbone=backbone)
-
-
-def calm(layers, width, inner, heads):
-    return CalmConfig(
-        autoencoder=AutoencoderConfig(vocab_size=VOCAB),
-        backbone=BackboneConfig(layers=layers, width=width, inner=inner, heads=heads),
-        head=EnergyHeadConfig(blocks=layers // 4),
-    )
+DOCUMENT = Path(__file__).parents[1] / "docs" / "cost.md"
+TOLERANCE = {  # training and inference; everything else, and all parameters, within 2 %
+    "CALM-L": (0.031, 0.02),
+    "CALM-XL": (0.09, 0.035),
+}
 
 
-# name, configuration, (published, tolerance) of parameters (1e6), training FLOPs (1e20), inference FLOPs per token (1e8)
-TABLE = [
-    ("Transformer-S", transformer(12, 768, 2048, 16), (281, 0.02), (6.6, 0.02), (4.4, 0.02)),
-    ("Transformer-M", transformer(16, 1024, 2752, 16), (465, 0.02), (11.9, 0.02), (7.9, 0.02)),
-    ("Transformer-L", transformer(16, 1536, 4096, 16), (849, 0.02), (22.5, 0.02), (15.0, 0.02)),
-    ("CALM-M", calm(16, 1024, 2752, 16), (371, 0.02), (3.7, 0.02), (2.9, 0.02)),
-    ("CALM-L", calm(16, 1536, 4096, 16), (735, 0.02), (7.7, 0.04), (4.6, 0.02)),
-    ("CALM-XL", calm(16, 2560, 6880, 20), (1820, 0.02), (19.5, 0.09), (9.4, 0.035)),
-]
-
-
-@pytest.mark.parametrize(("name", "config", "params", "training", "inference"), TABLE, ids=[row[0] for row in TABLE])
-def test_the_paper_table(name, config, params, training, inference):
-    found = cost(config, name)
-    assert found.params / 1e6 == pytest.approx(params[0], rel=params[1])
-    assert found.training.total * PAPER_TOKENS / 1e20 == pytest.approx(training[0], rel=training[1])
-    assert found.inference.total / 1e8 == pytest.approx(inference[0], rel=inference[1])
-    assert found.training_split.total <= found.training.total
-    assert found.inference_split.total == pytest.approx(found.inference.total)
+@pytest.mark.parametrize("row", table1(), ids=lambda row: row.cost.name)
+def test_the_paper_table(row):
+    training, inference = TOLERANCE.get(row.cost.name, (0.02, 0.02))
+    assert row.cost.params == pytest.approx(row.paper.params, rel=0.02)
+    assert row.train_flops == pytest.approx(row.paper.train_flops, rel=training)
+    assert row.cost.inference.total == pytest.approx(row.paper.inference_flops_per_token, rel=inference)
+    assert row.cost.training_split.total <= row.cost.training.total
+    assert row.cost.inference_split.total == pytest.approx(row.cost.inference.total)
 
 
 def test_the_paper_autoencoder_and_the_cost_of_200_candidates():
-    medium = calm(16, 1024, 2752, 16)
+    medium = preset("calm-m")
     assert calm_cost(medium).autoencoder_params / 1e6 == pytest.approx(75.8, rel=0.001)
-    small = token_lm_cost(transformer(12, 768, 2048, 16))
+    small = token_lm_cost(preset("transformer-s"))
     assert calm_cost(medium, candidates=200).inference.total / small.inference.total == pytest.approx(66, rel=0.04)
+
+
+@pytest.mark.parametrize("row", TABLE[:3], ids=lambda row: row.name)
+def test_transformers_of_the_paper_are_12_width_squared_a_layer_cut_to_one_decimal(row):
+    """docs/cost.md: with an MLP of 8 D^2 whatever its inner width, and figures cut off, all six figures are exact."""
+    backbone = preset(row.preset).backbone
+    square, table = backbone.width**2, 128256 * backbone.width
+    forward = backbone.layers * (24 * square + 4 * 2048 * backbone.width) + 2 * table
+    assert int(forward / 1e7) == round(row.inference_flops_per_token / 1e7)
+    assert int(3 * forward * 5e11 / 1e19) == round(row.train_flops / 1e19)
+
+
+def test_savings_at_equal_score_are_those_worked_out_by_hand():
+    medium, large, huge = savings(table1())
+    # CALM-M: 6.6e20 * (11.9/6.6)^((5.72 - 6.05)/(7.07 - 6.05)) = 5.453e20, below the smallest Transformer
+    assert medium.train_flops == pytest.approx(5.453e20, rel=1e-3)
+    assert (medium.extrapolated, large.extrapolated, huge.extrapolated) == (True, False, False)
+    assert [round(100 * s.train) for s in (medium, large, huge)] == [32, 14, -1]
+    assert [round(100 * s.inference) for s in (medium, large, huge)] == [20, 23, 27]
+    # CALM-XL lies between M and L: 7.9e8 * (15.0/7.9)^((8.53 - 7.07)/(8.98 - 7.07))
+    assert huge.inference_flops_per_token == pytest.approx(7.9e8 * (15.0 / 7.9) ** (1.46 / 1.91))
+
+
+def test_the_draw_that_the_paper_implies_is_recovered_from_our_own_figures():
+    """The identity of `draw_of_paper` on figures with a known head: our count itself."""
+    row = next(row for row in table1() if row.cost.name == "CALM-L")
+    ours = replace(row.paper, train_flops=row.train_flops, inference_flops_per_token=row.cost.inference.total)
+    width = 1536
+    assert draw_of_paper(ours)[0] == pytest.approx(25 + (64 + 128) / width)
+    value, half = draw_of_paper(row.paper)
+    assert value + half < 25
+    with pytest.raises(ValueError, match="has no head"):
+        draw_of_paper(TABLE[0])
 
 
 TINY = CalmConfig(
@@ -65,7 +84,7 @@ TINY = CalmConfig(
 TINY_TOKENS = TokenLMConfig(vocab_size=50, backbone=TINY.backbone)
 
 
-@pytest.mark.parametrize("config", [TINY, TABLE[3][1]])
+@pytest.mark.parametrize("config", [TINY, preset("calm-m")], ids=["tiny", "calm-m"])
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = Calm(config)
@@ -82,6 +101,19 @@ def test_parameters_are_those_of_the_baseline():
     with torch.device("meta"):
         model = TokenLM(TINY_TOKENS)
     assert token_lm_cost(TINY_TOKENS).params == sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_and_operations_of_an_autoencoder_alone():
+    config = TINY.autoencoder
+    model, found = Autoencoder(config), autoencoder_cost(config)
+    assert found.params == sum(p.numel() for p in model.parameters())
+    ids = torch.zeros(7, 3, dtype=torch.long)
+    whole = counted(lambda: model.decode(model.encode(ids).mean))
+    assert whole == pytest.approx(found.inference.total * 21)
+    assert counted(lambda: model.decode(model.encode(ids).mean).sum().backward()) == pytest.approx(
+        found.training.total * 21
+    )
+    assert "context" not in str(found)
 
 
 def counted(function):
@@ -131,6 +163,31 @@ def test_training_is_three_times_forward_where_trained():
     assert counted(lambda: head(state, noise).sum().backward()) == pytest.approx(found - unneeded)
 
 
+def test_a_whole_training_step_is_the_sum_of_its_parts():
+    """Encoder, and forward and backward of compressor, backbone and head; the distances of the loss are not counted."""
+    model, patches, draws = Calm(TINY), 7, 5
+    ids = torch.zeros(1, patches, 3, dtype=torch.long)
+    noise = torch.rand(draws, 1, patches, 6)
+
+    def step():
+        model.teacher(ids)
+        model.head(model.states(ids), noise).sum().backward()
+
+    found = calm_cost(TINY, context=patches, draws=draws).training_split.total * patches * 3
+    unneeded = 2 * draws * patches * 6 * 16  # gradient towards the noise
+    assert counted(step) == pytest.approx(found - unneeded)
+
+
+@torch.no_grad()
+def test_operations_of_a_preset_are_those_that_torch_counts():
+    model, ids = Calm(preset("calm-tiny")).eval(), torch.zeros(1, 5, 4, dtype=torch.long)
+    g = torch.Generator().manual_seed(0)
+    found = calm_cost(model.config, context=5)
+    assert counted(lambda: model.draw_tokens(model.states(ids), 1, g)) == pytest.approx(
+        found.inference_split.total * 20
+    )
+
+
 def test_the_auxiliary_part_is_training_only():
     plain, fast = calm_cost(TINY), calm_cost(TINY, auxiliary=True)
     assert fast.inference == plain.inference
@@ -150,3 +207,105 @@ def test_record_prints_and_becomes_json():
     assert "auxiliary" not in text
     assert "embedding" not in text
     assert "compressor" not in str(token_lm_cost(TINY_TOKENS))
+
+
+def run(monkeypatch, capsys, *words):
+    """Exit code, standard output and standard error of `nextvec flops WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["nextvec", "flops", *words])
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_the_table_prints_and_stands_in_the_document(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "--table1")
+    assert code == 0
+    assert out.strip() == table1_text()
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for part in table1_text().split("\n\n"):
+        if part.startswith("|"):
+            assert part in text, f"docs/cost.md is not what `nextvec flops --table1` prints:\n{part}"
+
+
+def test_the_table_as_json(monkeypatch, capsys):
+    rows = json.loads(run(monkeypatch, capsys, "--table1", "--json")[1])
+    assert [row["name"] for row in rows] == [row.name for row in TABLE]
+    assert rows[3]["paper"] == {
+        "params": 371e6,
+        "train_flops": 3.7e20,
+        "inference_flops_per_token": 2.9e8,
+        "brier_lm": 5.72,
+    }
+    assert rows[3]["params"] == calm_cost(preset("calm-m")).params
+    assert rows[3]["train_flops"] > rows[3]["train_flops_split"]
+    assert rows[5]["parts"]["inference"]["vocabulary"] == 2 * 128256 * 512
+
+
+def test_flops_of_a_preset(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "calm-m")
+    assert "371,731,584 parameters" in out
+    assert "the paper says: 371M parameters, 3.7e+20 operations of training, 2.9e+08 per token at inference" in out
+    (row,) = json.loads(run(monkeypatch, capsys, "calm-m", "--candidates", "200", "--tokens", "1e9", "--json")[1])
+    assert row["inference_flops_per_token"] == calm_cost(preset("calm-m"), candidates=200).inference.total
+    assert row["train_flops"] == calm_cost(preset("calm-m")).training.total * 1e9
+    assert row["paper"] is None  # its figures are for one candidate
+    _, out, _ = run(monkeypatch, capsys, "autoencoder-paper")
+    assert "75,831,552 parameters; operations per token of text\n" in out
+
+
+CONFIG = """
+kind: calm
+model:
+  autoencoder: {vocab_size: 64, patch_size: 2, width: 8, inner: 8, latent: 8}
+  backbone: {layers: 1, width: 16, inner: 16, heads: 2}
+data: {context_tokens: 64, rows: 3}
+energy: {draws: 5}
+train: {steps: 10, accumulate: 2}
+"""
+
+
+def test_flops_of_a_settings_file_and_a_run_are_counted_with_its_own_settings(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "calm.yaml"
+    file.write_text(CONFIG)
+    (row,) = json.loads(run(monkeypatch, capsys, str(file), "--json")[1])
+    config = CalmConfig(
+        autoencoder=AutoencoderConfig(vocab_size=64, patch_size=2, width=8, inner=8, latent=8),
+        backbone=BackboneConfig(layers=1, width=16, inner=16, heads=2),
+    )
+    expected = calm_cost(config, context=32, draws=5, auxiliary=True)
+    assert row["train_tokens"] == 10 * 2 * 3 * 64
+    assert row["train_flops"] == expected.training.total * row["train_tokens"]
+    assert row["paper"] is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(CONFIG.replace("data: {", "data: {path: shards, "))
+    (same,) = json.loads(run(monkeypatch, capsys, str(tmp_path / "run"), "--json", "--no-auxiliary")[1])
+    assert same["train_flops"] == calm_cost(config, context=32, draws=5).training.total * same["train_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "either a preset, settings file or run directory, or --table1 alone"),
+        (["calm-m", "--table1"], "either a preset, settings file or run directory, or --table1 alone"),
+        (["--table1", "--draws", "4"], "--table1 has the paper's settings; leave out --draws"),
+        (["calm-mm"], "calm-mm is no preset, settings file or run directory; presets are transformer-s"),
+        (["no/such.yaml"], "no/such.yaml is no preset, settings file or run directory\n"),
+        (["transformer-s", "--candidates", "9"], "--candidates does not apply to transformer-s, which holds no CALM"),
+        (["autoencoder-paper", "--context", "9"], "--context does not apply to autoencoder-paper"),
+        (["{empty}"], "has no config.yaml"),
+        (["{bad}"], "kind must be one of"),
+    ],
+)
+def test_wrong_arguments_of_flops_are_one_sentence(words, sentence, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.yaml").write_text("kind: xlstm\n")
+    (tmp_path / "empty").mkdir()
+    paths = {"empty": tmp_path / "empty", "bad": tmp_path / "bad.yaml"}
+    code, out, err = run(monkeypatch, capsys, *(word.format(**paths) for word in words))
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert "Traceback" not in err

@@ -6,5 +6,6 @@ from nextvec.cli import data as data
 from nextvec.cli import demo as demo
 from nextvec.cli import env as env
 from nextvec.cli import evaluate as evaluate
+from nextvec.cli import flops as flops
 from nextvec.cli import generate as generate
 from nextvec.cli import train as train

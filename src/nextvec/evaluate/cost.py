@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
+from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, ModelConfig, TokenLMConfig
 
 PAPER_CONTEXT = 2048  # positions attended: patches for CALM, tokens for the Transformer [P]
 PAPER_DRAWS = 8  # S [P]
@@ -50,9 +50,9 @@ class Cost:
 
     name: str
     patch_size: int
-    context: int  # positions attended
+    context: int  # positions attended; 0 for a model without attention
     draws: int  # S in training; 0 for a model without a head
-    params: int  # with the input embedding, without the autoencoder
+    params: int  # with the input embedding, without the autoencoder (unless that is all there is)
     autoencoder_params: int
     parameters: Parts  # per part, the autoencoder's embedding among the autoencoder's
     inference: Parts  # published: unsplit head
@@ -81,7 +81,8 @@ class Cost:
         lines = [
             f"{self.name}: {self.params:,} parameters"
             + (f", and {self.autoencoder_params:,} in the autoencoder" if self.autoencoder_params else "")
-            + f"; operations per token of text, context {self.context:,} positions of {self.patch_size} tokens"
+            + "; operations per token of text"
+            + (f", context {self.context:,} positions of {_tokens(self.patch_size)}" if self.context else "")
             + (f", {self.draws} draws in training" if self.draws else ""),
             f"{'part':<12}" + "".join(f"{name:>17}" for name in self.columns()),
         ]
@@ -92,11 +93,13 @@ class Cost:
         return "\n".join(lines)
 
 
-def cost(config: CalmConfig | TokenLMConfig, name: str | None = None, **settings: Any) -> Cost:
-    """`calm_cost` or `token_lm_cost`, by the kind of the configuration; settings as theirs."""
+def cost(config: ModelConfig, name: str | None = None, **settings: Any) -> Cost:
+    """`calm_cost`, `token_lm_cost` or `autoencoder_cost`, by the kind of the configuration; settings as theirs."""
     if isinstance(config, CalmConfig):
         return calm_cost(config, name or "CALM", **settings)
-    return token_lm_cost(config, name or "Transformer", **settings)
+    if isinstance(config, TokenLMConfig):
+        return token_lm_cost(config, name or "Transformer", **settings)
+    return autoencoder_cost(config, name or "autoencoder", **settings)
 
 
 def token_lm_cost(config: TokenLMConfig, name: str = "Transformer", *, context: int = PAPER_CONTEXT) -> Cost:
@@ -188,6 +191,29 @@ def calm_cost(
     )
 
 
+def autoencoder_cost(config: AutoencoderConfig, name: str = "autoencoder") -> Cost:
+    """The autoencoder alone: patches read and written back, in training as at inference. It attends to nothing."""
+    K = config.patch_size
+    encoder, decoder = _autoencoder(config)
+    forward = Parts(autoencoder=encoder + decoder, vocabulary=2 * K * config.vocab_size * config.width).scaled(1 / K)
+    training = forward.scaled(TRAINED)
+    embedding = config.vocab_size * config.width
+    parameters = Parts(embedding=embedding, autoencoder=_autoencoder_parameters(config) - embedding)
+    return Cost(
+        name=name,
+        patch_size=K,
+        context=0,
+        draws=0,
+        params=int(parameters.total),
+        autoencoder_params=0,
+        parameters=parameters,
+        inference=forward,
+        inference_split=forward,
+        training=training,
+        training_split=training,
+    )
+
+
 def _backbone(config: BackboneConfig, context: int) -> tuple[float, float]:
     """Operations of one position: (attention, MLP)."""
     D, kv = config.width, config.key_value_heads * config.head_dim
@@ -234,3 +260,7 @@ def _autoencoder_parameters(config: AutoencoderConfig) -> int:
     encoder = K * d * d + d + d + d * 2 * L + 2 * L
     decoder = L * d + d + d * K * d + K * d + d
     return config.vocab_size * d + blocks + encoder + decoder
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count > 1)}"

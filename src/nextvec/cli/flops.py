@@ -1,0 +1,124 @@
+"""`nextvec flops`: what a model costs, and the paper's table of costs beside ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nextvec.cli import app
+
+if TYPE_CHECKING:
+    from nextvec.evaluate.paper import Row
+
+
+@app.command()
+def flops(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[PRESET|CONFIG|RUN]", help="A preset, a settings file, or a run directory."),
+    ] = None,
+    table1: Annotated[bool, typer.Option("--table1", help="The paper's six models beside its figures.")] = False,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="CALM: patches drawn and decoded per step; the pool of a low temperature.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Positions attended. Default: that of training; presets 2048.")
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="CALM: S in training. Default: the run's; presets 8.")
+    ] = None,
+    auxiliary: Annotated[
+        bool | None,
+        typer.Option(
+            "--auxiliary/--no-auxiliary", help="CALM: count the cross-entropy of the recipe `fast`. Default: the run's."
+        ),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option(min=1, help="Tokens of the whole training. Default: the run's; presets: the paper's."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+) -> None:
+    """Floating-point operations per token of text, part by part, and parameters, counted as the paper counts them."""
+    import json
+
+    from nextvec.errors import ConfigError
+    from nextvec.evaluate import paper
+
+    given = {"candidates": candidates, "context": context, "draws": draws, "auxiliary": auxiliary, "tokens": tokens}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if (model is None) is not table1:
+        raise ConfigError("flops takes either a preset, settings file or run directory, or --table1 alone")
+    if model is None:
+        if settings:
+            raise ConfigError(f"--table1 has the paper's settings; leave out --{next(iter(settings))}")
+        rows = paper.table1()
+        print(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else paper.table1_text())
+        return
+    row = _row(model, settings)
+    if as_json:
+        print(json.dumps([row.to_dict()], indent=2))
+        return
+    print(row.cost)
+    print(
+        f"training on {row.train_tokens:.3g} tokens: {row.train_flops:.4g} operations"
+        + (f", {row.train_flops_split:.4g} with the split head" if row.cost.draws else "")
+    )
+    if row.paper is not None:
+        print(
+            f"the paper says: {row.paper.params / 1e6:,.0f}M parameters, {row.paper.train_flops:.3g} operations of "
+            f"training, {row.paper.inference_flops_per_token:.2g} per token at inference"
+        )
+
+
+def _row(model: str, settings: dict[str, Any]) -> Row:
+    """The cost of a preset, settings file or run directory; `settings` replace what it says itself."""
+    from pathlib import Path
+
+    from nextvec.config import AutoencoderConfig, CalmConfig, CalmRun, ModelRun, RunConfig, load_yaml, parse_any_run
+    from nextvec.errors import ConfigError
+    from nextvec.evaluate import paper
+    from nextvec.evaluate.cost import cost
+    from nextvec.presets import PRESETS, preset
+    from nextvec.rundir import read_config
+
+    run: ModelRun | None = None
+    published = None
+    if model in PRESETS:
+        config = preset(model)
+        published = next((row for row in paper.TABLE if row.preset == model), None)
+    elif Path(model).is_dir():
+        run = read_config(model)
+    elif Path(model).is_file():
+        data = load_yaml(Path(model))
+        if isinstance(data, dict) and "imported" not in data:  # the path of the shards may be left to the command line
+            data["data"] = {"path": "", **(data.get("data") or {})}
+        run = parse_any_run(data, model)
+    else:
+        hint = "" if Path(model).suffix or "/" in model else f"; presets are {', '.join(PRESETS)}"
+        raise ConfigError(f"{model} is no preset, settings file or run directory{hint}")
+    known: dict[str, Any] = {}
+    if run is not None:
+        config = run.model
+        if isinstance(run, RunConfig):
+            known["context"] = run.data.context_tokens // config.patch_size
+            known["tokens"] = run.train.steps * run.train.accumulate * run.data.rows * run.data.context_tokens
+        if isinstance(run, CalmRun):
+            known |= {"draws": run.energy.draws, "auxiliary": run.recipe.name == "fast"}
+    allowed = {"tokens"}
+    if not isinstance(config, AutoencoderConfig):
+        allowed.add("context")
+    if isinstance(config, CalmConfig):
+        allowed |= {"candidates", "draws", "auxiliary"}
+    for name in settings:
+        if name not in allowed:
+            raise ConfigError(f"--{name} does not apply to {model}, which holds no {_owner(name)}; leave it out")
+    known = {name: value for name, value in {**known, **settings}.items() if name in allowed}
+    usual = paper.AUTOENCODER_TOKENS if isinstance(config, AutoencoderConfig) else paper.PAPER_TOKENS
+    tokens = float(known.pop("tokens", usual))
+    return paper.Row(cost(config, model, **known), tokens, None if settings else published)
+
+
+def _owner(name: str) -> str:
+    return "language model" if name == "context" else "CALM"
