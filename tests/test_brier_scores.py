@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nextvec.scoring.brier import BrierResult, Protocol, brier_scores, summarise
+from nextvec.scoring.brier import BrierResult, Protocol, brier_scores, exact_tail_scores, summarise
 from nextvec.scoring.clusters import cluster_ratio
 
 PROTOCOL = Protocol(
@@ -76,6 +78,93 @@ def test_unbiased_by_exact_enumeration(estimator, draws):
             2 * law[target] - sum(p * p for p in law.values()),
         ]
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def chain(weights):
+    """A law over triples of 3 tokens as conditional probabilities: P(a), P(b | a), P(c | a, b)."""
+    joint = torch.tensor(weights, dtype=torch.float64).view(3, 3, 3)
+    joint = joint / joint.sum()
+    return joint, joint.sum((1, 2)), joint.sum(2) / joint.sum((1, 2))[:, None], joint / joint.sum(2, keepdim=True)
+
+
+def expected_by_draws(law, target, estimator, draws=2):
+    """E of Brier-1..3 over every tuple of draws from `law` (3, 3, 3)."""
+    grams = list(itertools.product(range(3), repeat=3))
+    tuples = list(itertools.product(grams, repeat=draws))
+    weight = torch.tensor([math.prod(float(law[gram]) for gram in pool) for pool in tuples], dtype=torch.float64)
+    goal = torch.tensor(target).expand(len(tuples), 3)
+    values = brier_scores(
+        torch.tensor(tuples).transpose(0, 1), goal, torch.ones_like(goal, dtype=torch.bool), estimator
+    )
+    return (values.double() * weight[:, None]).sum(0)
+
+
+def expected_by_tails(law, first, second, third, target, draws=1):
+    """E of Brier-1..3 of exact_tail over every tuple of drawn prefixes; the last token is never drawn."""
+    prefixes = list(itertools.product(range(3), repeat=2))
+    tuples = list(itertools.product(prefixes, repeat=draws))
+    weight = torch.tensor([math.prod(float(law[a, b].sum()) for a, b in pool) for pool in tuples], dtype=torch.float64)
+    log = torch.tensor([[[first[a], second[a, b], 0.5] for a, b in pool] for pool in tuples]).log()
+    same = [[[first, second[a], third[a, b]] for a, b in pool] for pool in tuples]
+    collision = torch.tensor([[[float(p.square().sum()) for p in one] for one in pool] for pool in same])
+    a, b, c = target
+    goal = torch.stack([first[a], second[a, b], third[a, b, c]]).log().expand(len(tuples), 3)
+    valid = torch.ones(len(tuples), 3, dtype=torch.bool)
+    values = exact_tail_scores(goal, log.transpose(0, 1), collision.transpose(0, 1), valid)
+    return (values.double() * weight[:, None]).sum(0)
+
+
+WEIGHTS = st.lists(st.floats(0.05, 1.0), min_size=27, max_size=27)
+
+
+@settings(max_examples=15, deadline=None)
+@given(WEIGHTS, st.tuples(*[st.integers(0, 2)] * 3))
+def test_every_estimator_has_the_same_expectation(weights, target):
+    """Laws of three tokens in a row: 2P(y) - sum P^2 for each order, whichever way it is estimated."""
+    law, first, second, third = chain(weights)
+    a, b, c = target
+    wanted = torch.stack(
+        [
+            2 * law[a].sum() - law.sum((1, 2)).square().sum(),
+            2 * law[a, b].sum() - law.sum(2).square().sum(),
+            2 * law[a, b, c] - law.square().sum(),
+        ]
+    )
+    found = {
+        "all_pairs": expected_by_draws(law, target, "all_pairs"),
+        "two_draws": expected_by_draws(law, target, "two_draws"),
+        "exact_tail": expected_by_tails(law, first, second, third, target),
+        "exact_tail, 2 draws": expected_by_tails(law, first, second, third, target, draws=2),
+    }
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@settings(max_examples=5, deadline=None)
+@given(WEIGHTS, WEIGHTS)
+def test_strictly_proper_by_exact_enumeration(truth, other):
+    """Under the truth, any other law loses exactly the squared distance of its n-gram laws."""
+    law, wrong = chain(truth), chain(other)
+    for estimate in ("all_pairs", "exact_tail"):
+        gap = torch.zeros(3, dtype=torch.float64)
+        for target in itertools.product(range(3), repeat=3):
+            if estimate == "exact_tail":
+                gain = expected_by_tails(*law, target) - expected_by_tails(*wrong, target)
+            else:
+                gain = brier_gap(law[0], wrong[0], target)
+            gap += law[0][target] * gain
+        loss = [(law[0].sum(d) - wrong[0].sum(d)).square().sum() for d in ((1, 2), (2,))]
+        loss.append((law[0] - wrong[0]).square().sum())
+        torch.testing.assert_close(gap, torch.stack(loss), atol=1e-6, rtol=0)
+
+
+def brier_gap(law, wrong, target):
+    return expected_by_draws(law, target, "all_pairs") - expected_by_draws(wrong, target, "all_pairs")
+
+
+def test_exact_tail_refuses_shapes_that_disagree():
+    with pytest.raises(ValueError, match=r"got \(5, 4\), \(5, 4\), \(2, 5, 3\), \(2, 5, 4\)"):
+        exact_tail_scores(torch.zeros(5, 4), torch.zeros(2, 5, 3), torch.zeros(2, 5, 4), torch.ones(5, 4))
 
 
 def test_all_pairs_has_less_variance_and_the_truth_scores_best():
@@ -230,4 +319,9 @@ def test_one_document_has_no_standard_error_and_fewer_orders_no_brier_lm():
 def test_results_survive_json(documents):
     values = torch.rand(20, 4, generator=generator(6))
     result = summarise(values, values > 0.1, torch.arange(20) % documents, PROTOCOL)
+    assert [sum(row) for row in result.per_document.positions] == list(result.positions)
+    means = [sum(row) / count for row, count in zip(result.per_document.sums, result.positions, strict=True)]
+    assert means == pytest.approx(result.brier)
+    old = {name: value for name, value in result.to_dict().items() if name != "per_document"}
+    assert BrierResult.from_dict(old).per_document is None
     assert BrierResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result

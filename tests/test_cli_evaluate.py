@@ -99,9 +99,25 @@ def test_calm_and_baseline_go_through_one_protocol(monkeypatch, runs, capsys):
     assert baseline["brier"]["positions"] == calm["brier"]["positions"]
     assert calm["brier"]["protocol"]["name"] == "documents-8"
     assert calm["brier"]["protocol"]["documents"] == 6
-    assert BrierResult.from_dict(calm["brier"]).to_dict() == json.loads(json.dumps(calm["brier"])) | {
-        name: tuple(calm["brier"][name]) for name in ("brier", "brier_stderr", "positions")
-    }
+    assert json.loads(json.dumps(BrierResult.from_dict(calm["brier"]).to_dict())) == calm["brier"]
+
+
+def test_protocols_and_positions_by_name(monkeypatch, runs, tmp_path):
+    _, named = evaluate(monkeypatch, runs, "calm", "--protocol", "documents-8")
+    _, short = evaluate(monkeypatch, runs, "calm", "--context-tokens", "8")
+    assert named["brier"] == short["brier"]
+    _, every = evaluate(monkeypatch, runs, "token_lm", "--positions", "every_offset", "--estimator", "exact_tail")
+    _, starts = evaluate(monkeypatch, runs, "token_lm", "--estimator", "exact_tail", "--draws", "1")
+    assert every["brier"]["protocol"]["positions"] == "every_offset"
+    assert every["brier"]["positions"][0] > 3 * starts["brier"]["positions"][0]
+    (tmp_path / "long.txt").write_text("def f(x): return x\n" * 120)
+    arguments = ["--data", tmp_path / "long.txt", "--protocol", "wikitext103-1024", "--draws", "2"]
+    for name in ("calm", "token_lm"):
+        code, blocks = evaluate(monkeypatch, runs, name, *arguments, "--stride", "2", "--rows", "1")
+        assert code == 0
+        assert blocks["brier"]["protocol"]["name"] == "wikitext103-1024"
+        assert blocks["brier"]["positions"] == [1022, 1022, 1020, 1020]  # two blocks of 1024 tokens
+        assert blocks["brier"]["per_document"]["document"] == [0]
 
 
 def test_defaults_seed_and_limit(monkeypatch, runs):
@@ -123,7 +139,13 @@ def test_defaults_seed_and_limit(monkeypatch, runs):
         (["--context-tokens", "10"], "context-tokens must be a multiple of 4, twice the stride of 2"),
         (["--context-tokens", "0"], "context-tokens must be a multiple of 4"),
         (["--draws", "1"], "draws must be at least 2 per position; got 1"),
-        (["--estimator", "exact"], "estimator must be one of all_pairs, two_draws; got 'exact'"),
+        (["--estimator", "exact"], "estimator must be one of all_pairs, two_draws, exact_tail; got 'exact'"),
+        (["--estimator", "exact_tail"], "exact_tail needs the probability of each token, and Calm (patch size 2)"),
+        (["--positions", "all"], "positions must be one of patch_starts, every_offset; got 'all'"),
+        (["--protocol", "wikitext103"], "protocol must be documents-N with N tokens, or one of wikitext103-1024"),
+        (["--protocol", "wikitext103-1000"], "wikitext103 has blocks of 1024, 2048, 8192 tokens; got 1000"),
+        (["--protocol", "wikitext103-1024"], "blocks of 1024 tokens and the text is shorter than one: got "),
+        (["--protocol", "documents-8", "--context-tokens", "8"], "says the context: leave --context-tokens 8 out"),
         (["--max-documents", "0"], "the number of documents must be at least 1; got 0"),
         (["--text-key", "body"], "no key 'body'"),
         (["--device", "tpu"], "device must be one of auto, cpu, cuda, mps; got 'tpu'"),

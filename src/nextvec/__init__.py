@@ -28,6 +28,7 @@ _HOME = {
     "convert": "nextvec.reference.convert",
     "energy_score_loss": "nextvec.scoring.energy",
     "evaluate_brier": "nextvec.evaluate.brier",
+    "evaluate_sampler": "nextvec.evaluate.brier",
     "generate": "nextvec.sampling.generate",
     "load_run": "nextvec.rundir",
     "load_tokenizer": "nextvec.text.tokenizer",
@@ -48,6 +49,7 @@ __all__ = [
     "convert",
     "energy_score_loss",
     "evaluate_brier",
+    "evaluate_sampler",
     "generate",
     "load_run",
     "load_tokenizer",
@@ -57,7 +59,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from nextvec.errors import UserError
-    from nextvec.evaluate.brier import evaluate_brier
+    from nextvec.evaluate.brier import evaluate_brier, evaluate_sampler
     from nextvec.model.autoencoder import Autoencoder
     from nextvec.model.calm import Calm
     from nextvec.model.token_lm import TokenLM

@@ -20,6 +20,8 @@ from nextvec.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NUMBERS = re.compile(r"\[\n([\s\d.,eE+-]+)\]")  # a list of numbers; inside a string there is no line break
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -53,10 +55,10 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, whole or nothing."""
+    """Write `value` as indented JSON, a list of numbers on one line, whole or nothing."""
+    text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_open(path) as handle:
-        json.dump(value, handle, indent=2, allow_nan=False)
-        handle.write("\n")
+        handle.write(_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from nextvec.cli import app
 
 if TYPE_CHECKING:
     from nextvec.config import ModelRun
+    from nextvec.evaluate.windows import Layout
 
 BASELINE_STRIDE = 4  # tokens; K of the reference CALM
 
@@ -23,15 +24,22 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory: autoencoder, calm or token_lm.")],
     data: Annotated[str, typer.Option(help="Held-out text: a shard directory, or whatever `prepare` reads.")],
     json: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
-    context_tokens: Annotated[
-        int | None, typer.Option(help="Window N of the protocol documents-N; by default that of training.")
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="documents-N or wikitext103-1024|-2048|-8192; default: documents-N, N of training."),
     ] = None,
+    context_tokens: Annotated[int | None, typer.Option(help="N: short for --protocol documents-N.")] = None,
+    positions: Annotated[
+        str, typer.Option(help="patch_starts, or every_offset: the text shifted by 0..K-1 tokens, K passes.")
+    ] = "patch_starts",
     stride: Annotated[
         int | None,
         typer.Option(help="Tokens between scored positions: K of the CALM compared with. Default: its K; baseline 4."),
     ] = None,
-    draws: Annotated[int, typer.Option(help="Model draws per position, at least 2.")] = 8,
-    estimator: Annotated[str, typer.Option(help="all_pairs, or two_draws as in the paper.")] = "all_pairs",
+    draws: Annotated[int, typer.Option(help="Model draws per position.")] = 8,
+    estimator: Annotated[
+        str, typer.Option(help="all_pairs, two_draws (as in the paper), or exact_tail (baseline).")
+    ] = "all_pairs",
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
     max_documents: Annotated[int | None, typer.Option(help="Only the first documents of the data.")] = None,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
@@ -48,6 +56,7 @@ def evaluate(
     from nextvec.evaluate.brier import evaluate_brier
     from nextvec.evaluate.documents import read_documents
     from nextvec.evaluate.reconstruction import evaluate_reconstruction
+    from nextvec.evaluate.windows import parse_protocol
     from nextvec.files import write_json
     from nextvec.hardware import choose_device
     from nextvec.model.autoencoder import Autoencoder
@@ -58,10 +67,15 @@ def evaluate(
 
     if estimator not in get_args(Estimator):
         raise ConfigError(f"estimator must be one of {', '.join(get_args(Estimator))}; got {estimator!r}")
+    if protocol is not None and context_tokens is not None:
+        raise ConfigError(f"--protocol {protocol} says the context: leave --context-tokens {context_tokens} out")
+    layout: Layout = "documents"
+    if protocol is not None:
+        layout, context_tokens = parse_protocol(protocol)
     where = choose_device(device)
     loaded = load_run(run, where)
     model, tokenizer = loaded.model, loaded.text_tokenizer
-    documents = read_documents(data, tokenizer, limit=max_documents, text_key=text_key)
+    documents = read_documents(data, tokenizer, limit=max_documents, text_key=text_key, layout=layout)
     result: dict[str, Any] = {
         "nextvec": __version__,
         "run": str(run),
@@ -83,6 +97,8 @@ def evaluate(
                 draws=draws,
                 generator=generator(),
                 tokenizer_hash=tokenizer.hash,
+                layout=layout,
+                positions=positions,  # type: ignore[arg-type]
                 estimator=estimator,  # type: ignore[arg-type]
                 batch_rows=rows,
                 progress=report,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,4 +40,13 @@ class LanguageModel(Protocol):
 
     def draw_tokens(self, state_ND: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
         """S independent patches (S, ..., K) int64 for states (..., D), at temperature 1."""
+        ...
+
+
+@runtime_checkable
+class TokenProbabilities(Protocol):
+    """What the estimator `exact_tail` needs beside `LanguageModel`: a model of patch size 1 that knows its probabilities."""
+
+    def log_probabilities(self, state_ND: Tensor) -> Tensor:
+        """log P(next token) in nats, (..., V), for states (..., D)."""
         ...

@@ -68,6 +68,11 @@ class TokenLM(nn.Module):
         """Next-token logits (..., V)."""
         return F.linear(state_ND.to(self.output.weight.dtype), self.output.weight)
 
+    def log_probabilities(self, state_ND: Tensor) -> Tensor:
+        """log P(next token), (..., V) in nats, float32 (float64 for a float64 model)."""
+        logits = self.logits(state_ND)
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
     def draw_tokens(
         self, state_ND: Tensor, draws: int, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nextvec.scoring.clusters import cluster_ratio
 
-Estimator = Literal["all_pairs", "two_draws"]
+DrawEstimator = Literal["all_pairs", "two_draws"]  # from draws alone: any model
+Estimator = Literal["all_pairs", "two_draws", "exact_tail"]  # exact_tail: a model with token probabilities
 MAX_ORDER = 4  # BrierLM is the geometric mean of Brier-1..4
 
 
@@ -22,11 +23,11 @@ MAX_ORDER = 4  # BrierLM is the geometric mean of Brier-1..4
 class Protocol:
     """What makes two numbers comparable: they are, only where all of this is equal."""
 
-    name: str  # how documents become windows, e.g. documents-1024
+    name: str  # how documents become windows: documents-N, wikitext103-N
     tokenizer_hash: str
     context_tokens: int  # tokens in a window
-    positions: str  # which offsets start an n-gram
-    stride: int  # tokens between two starts: the patch size of the comparison
+    positions: str  # which offsets start an n-gram: patch_starts, every_offset
+    stride: int  # K of the comparison: tokens between two starts of one pass
     draws: int  # S, model draws per position
     estimator: Estimator
     decode: str  # how a latent becomes tokens
@@ -35,10 +36,30 @@ class Protocol:
     seed: int
 
     def __str__(self) -> str:
+        every = (
+            f"every {self.stride} tokens" if self.positions == "patch_starts" else f"in {self.stride} shifted passes"
+        )
         return (
-            f"{self.name}, {self.positions} every {self.stride} tokens, {self.draws} draws ({self.estimator}), "
+            f"{self.name}, {self.positions} {every}, {self.draws} draws ({self.estimator}), "
             f"decoding {self.decode}, {self.documents:,} documents, seed {self.seed}, "
             f"tokenizer {self.tokenizer_hash[:12]}, text {self.documents_hash[:12]}"
+        )
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """What each document contributes, by columns: enough for a paired comparison without the positions themselves."""
+
+    document: tuple[int, ...]  # C indices into the documents given, those with a scored n-gram
+    positions: tuple[tuple[int, ...], ...]  # n rows of C: n-grams scored, per order
+    sums: tuple[tuple[float, ...], ...]  # n rows of C: sums of their values, rounded to 9 decimals
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        return cls(
+            document=tuple(data["document"]),
+            positions=tuple(tuple(row) for row in data["positions"]),
+            sums=tuple(tuple(row) for row in data["sums"]),
         )
 
 
@@ -53,6 +74,7 @@ class BrierResult:
     positions: tuple[int, ...]  # n-grams scored, per order
     documents: int  # documents with a scored n-gram
     protocol: Protocol
+    per_document: DocumentSums | None = None  # None in results of before it was kept
 
     def __str__(self) -> str:
         lines = []
@@ -84,7 +106,7 @@ class BrierResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        errors = data["brier_stderr"]
+        errors, per_document = data["brier_stderr"], data.get("per_document")
         return cls(
             brier=tuple(data["brier"]),
             brier_stderr=None if errors is None else tuple(errors),
@@ -93,10 +115,13 @@ class BrierResult:
             positions=tuple(data["positions"]),
             documents=data["documents"],
             protocol=Protocol(**data["protocol"]),
+            per_document=None if per_document is None else DocumentSums.from_dict(per_document),
         )
 
 
-def brier_scores(draws_SNn: Tensor, target_Nn: Tensor, valid_Nn: Tensor, estimator: Estimator = "all_pairs") -> Tensor:
+def brier_scores(
+    draws_SNn: Tensor, target_Nn: Tensor, valid_Nn: Tensor, estimator: DrawEstimator = "all_pairs"
+) -> Tensor:
     """Unbiased estimates of Brier-1..n at every position; higher is better.
 
     Brier-k = 2 P(y) - sum_x P(x)^2 = P(x = y) + P(x' = y) - P(x = x'), in [-1, 1], for the first k tokens y of the
@@ -111,8 +136,8 @@ def brier_scores(draws_SNn: Tensor, target_Nn: Tensor, valid_Nn: Tensor, estimat
     scored. Returns (N, n) float32, 0 where not valid.
     Raises ValueError on an unknown estimator, disagreeing shapes, fewer than two draws, or an order above 4.
     """
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}; got {estimator!r}")
+    if estimator not in get_args(DrawEstimator):
+        raise ValueError(f"estimator must be one of {', '.join(get_args(DrawEstimator))}; got {estimator!r}")
     if draws_SNn.dim() != 3 or target_Nn.shape != draws_SNn.shape[1:] or valid_Nn.shape != target_Nn.shape:
         raise ValueError(
             "draws must be (S, N, n), target and valid (N, n); got "
@@ -145,6 +170,39 @@ def brier_scores(draws_SNn: Tensor, target_Nn: Tensor, valid_Nn: Tensor, estimat
     return values_Nn.masked_fill(~valid_Nn, 0.0)
 
 
+def exact_tail_scores(target_log_Nn: Tensor, drawn_log_SNn: Tensor, collision_SNn: Tensor, valid_Nn: Tensor) -> Tensor:
+    """Unbiased estimates of Brier-1..n from token probabilities along the target and along S drawn chains.
+
+    2 P(y) is exact. With x drawn from the model, the other term is a mean over *prefixes* only, its last token exact:
+
+        sum_x P(x)^2 = E over x_<k of [ P(x_<k) sum_v P(v | x_<k)^2 ]
+
+    since sum_x P(x)^2 = sum over prefixes P(x_<k)^2 sum_v P(v | x_<k)^2. The authors' baseline has the indicator that
+    two drawn prefixes agree in the place of P(x_<k): the same expectation, more variance. Brier-1 has none here.
+
+    Args: target_log (N, n): log P(y_k | y_<k), in nats; drawn_log (S, N, n): log P(x_k | x_<k); collision (S, N, n):
+    sum_v P(v | x_<k)^2; valid (N, n) bool. Returns (N, n) float32, 0 where not valid.
+    Raises ValueError on disagreeing shapes.
+    """
+    if drawn_log_SNn.shape != collision_SNn.shape or not (
+        drawn_log_SNn.shape[1:] == target_log_Nn.shape == valid_Nn.shape
+    ):
+        raise ValueError(
+            "target_log and valid must be (N, n), drawn_log and collision (S, N, n); got "
+            f"{', '.join(str(tuple(x.shape)) for x in (target_log_Nn, valid_Nn, drawn_log_SNn, collision_SNn))}"
+        )
+    right_Nn = target_log_Nn.double().cumsum(-1).exp()
+    prefix_SNn = drawn_log_SNn.double().cumsum(-1).roll(1, -1)
+    prefix_SNn[..., 0] = 0.0
+    same_Nn = (prefix_SNn.exp() * collision_SNn.double()).mean(dim=0)
+    return (2 * right_Nn - same_Nn).float().masked_fill(~valid_Nn, 0.0)
+
+
+def brier_lm_of(mean_n: Tensor) -> Tensor:
+    """100 times the geometric mean over the last axis of Brier-1..4; nan where an order is not positive."""
+    return 100 * mean_n.where(mean_n > 0, torch.nan).log().mean(-1).exp()
+
+
 def summarise(values_Nn: Tensor, valid_Nn: Tensor, document_N: Tensor, protocol: Protocol) -> BrierResult:
     """Averages over positions, BrierLM, and their standard errors clustered by document.
 
@@ -160,7 +218,7 @@ def summarise(values_Nn: Tensor, valid_Nn: Tensor, document_N: Tensor, protocol:
     mean_n = ratio.mean
     brier_lm = brier_lm_stderr = None
     if len(mean_n) == MAX_ORDER and bool((mean_n > 0).all()):
-        brier_lm = 100 * float(mean_n.log().mean().exp())
+        brier_lm = float(brier_lm_of(mean_n))
         if covariance is not None:
             slope_n = brier_lm / (MAX_ORDER * mean_n)
             brier_lm_stderr = float((slope_n @ covariance @ slope_n).clamp_min(0).sqrt())
@@ -172,4 +230,9 @@ def summarise(values_Nn: Tensor, valid_Nn: Tensor, document_N: Tensor, protocol:
         positions=tuple(ratio.count.tolist()),
         documents=ratio.clusters,
         protocol=protocol,
+        per_document=DocumentSums(
+            document=tuple(ratio.label.tolist()),
+            positions=tuple(tuple(row) for row in ratio.counts.long().T.tolist()),
+            sums=tuple(tuple(round(value, 9) for value in row) for row in ratio.sums.T.tolist()),
+        ),
     )

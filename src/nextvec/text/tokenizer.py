@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
     @property
     def hash(self) -> str: ...
     def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str: ...
     def save(self, folder: Path) -> None: ...
 
@@ -85,9 +85,13 @@ class TextTokenizer:
         """Ids of `text`; no special token is added."""
         return list(self._core.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, as `encode`; on all cores unless TOKENIZERS_PARALLELISM=false."""
-        return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
+        """Ids of each text, as `encode`; on all cores unless TOKENIZERS_PARALLELISM=false.
+
+        specials: with the special tokens that the tokenizer itself puts around a text, as its file says (Llama 3: its
+        begin-of-text token in front; the tokenizers made here: none).
+        """
+        return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=specials)]
 
     def split(self, text: str) -> list[str]:
         """Cut a very long text into pieces whose ids, one after the other, are the ids of the whole.
