@@ -16,6 +16,7 @@ from torch import nn
 from bench_runs import CPU, PARTS, RUNS, TOKENIZER, VOCAB
 from nextvec.bench import limits, memory, run, steps
 from nextvec.bench.settings import training_config
+from nextvec.bench.show import lines
 from nextvec.bench.steps import write_text
 from nextvec.bench.work import Spec, make_work
 from nextvec.cli import main
@@ -134,6 +135,9 @@ def test_training_benchmarks_carry_every_figure(
     assert f"bench {what}: cpu fp32" in shown
     assert "ratio" in shown
     assert "parts of plain: " in shown
+    for load, busy in ((0.0, False), (99.0, True)):
+        found["arms"]["ours"]["load_average"] = [load, 2.0]
+        assert ("busy" in "\n".join(lines(found))) is busy
 
 
 def test_without_the_plain_arm_its_figures_are_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ DEFINITIONS = {
     "flops_per_s": "operations of these products, a multiply-add counted as 2, per second of the step",
     "peak_bytes": memory.MEANING,
     "breakdown": parts.MEANING,
+    "load_average": "processes that wanted to run, averaged over the last minute: at the start, and after the timed repeats",
 }
 
 
@@ -145,6 +146,7 @@ def _bench_run(
 
 def _measure(specs: Mapping[str, Spec], settings: Settings, say: Say) -> dict[str, dict[str, Any]]:
     """Everything that is measured of each arm."""
+    load = [_load()]
     device = torch.device(next(iter(specs.values())).device)
     works = {name: make_work(spec) for name, spec in specs.items()}  # first, so that a user's mistake is told at once
     say("peak memory, each arm in a process of its own")
@@ -158,7 +160,6 @@ def _measure(specs: Mapping[str, Spec], settings: Settings, say: Say) -> dict[st
         if isinstance(work, TrainStep) and work.arm == "ours":
             work.compile(say)
     say(f"{settings.repeats} repeats of {', '.join(works)}")
-    load = [_load()]
     times = interleave(works, settings.repeats, settings.seconds, device, watch.read)
     load.append(_load())
     say("breakdown")
@@ -279,7 +280,7 @@ def _precision(wanted: str, device: torch.device) -> Precision:
 
 
 def _load() -> float | None:
-    """Processes that wanted to run in the last minute, on average, this one included."""
+    """See DEFINITIONS; None where the system does not say."""
     return None if platform.system() == "Windows" else os.getloadavg()[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+BUSY = 0.5  # of the cores: load average from which other work spoils the figures
 NAMES = {"ours": "nextvec", "plain": "plain", "t05": "T = 0.5", "t1": "T = 1", "evaluate": "evaluation"}
 
 
@@ -14,6 +15,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     loads = "" if load[0] is None else f", load average {load[0]:.1f} to {load[1]:.1f}"
     head = f"bench {found['bench']}: {found['device']} {found['precision']}, {machine['threads']} threads{loads}"
     rows = [head]
+    if load[0] is not None and load[0] > BUSY * machine["cores"]:
+        rows.append(
+            f"this machine was busy before: load average {load[0]:.1f} on {machine['cores']} cores; figures of an idle one differ"
+        )
     for name, arm in arms.items():
         rate, seconds = arm["tokens_per_s"], arm["seconds"]["median"]
         rows.append(
