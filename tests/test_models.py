@@ -181,7 +181,9 @@ def test_token_dropout_writes_the_mask_id_and_targets_stay_clean() -> None:
         model.to_latent.bias[12:] = -30.0
         model.to_latent.weight[12:] = 0.0
     tokens = ids(5, 1, 4)[:, 0]
-    loss, _ = model.loss(tokens, torch.Generator().manual_seed(0))
+    clean, _ = model.loss(tokens, torch.Generator().manual_seed(0))
+    loss, _ = model.train().loss(tokens, torch.Generator().manual_seed(0))
+    assert not torch.equal(clean, loss)  # evaluation mode drops nothing
     posterior = model.encode(torch.full_like(tokens, 7))
     cross_entropy = F.cross_entropy(model.decode(posterior.mean).flatten(0, 1), tokens.flatten())
     expected = 4 * cross_entropy + 0.001 * gaussian_kl(posterior).clamp(min=0.5).sum(-1).mean()

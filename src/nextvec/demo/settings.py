@@ -26,7 +26,7 @@ from nextvec.errors import ConfigError
 MINUTES = 8.0
 VOCABULARY, PATCH, LATENT = 2048, 4, 128
 VALID_FRACTION = 0.05  # about 40 files of the standard library
-BACKBONE = BackboneConfig(layers=4, width=192, inner=512, heads=4)
+BACKBONE = BackboneConfig(layers=4, width=192, inner=512, heads=3)
 CONTEXT = 1024  # tokens of a training window
 SCORED_CONTEXT, SCORED_DRAWS = 512, 4  # documents-512
 SCORED_LENGTH, PROBED_LENGTH = 2048, 512  # first tokens of each held-out file, at the end and during training

@@ -87,18 +87,20 @@ class Autoencoder(nn.Module):
         return torch.cat(parts).unflatten(0, z_NL.shape[:-1])
 
     def loss(self, ids_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss per patch: K * cross-entropy + beta * sum_i max(clip, KL_i), twin dropout on (spec section 1).
+        """Loss per patch: K * cross-entropy + beta * sum_i max(clip, KL_i), of one posterior draw (spec section 1).
+
+        In training mode tokens and latents are dropped; in evaluation mode neither, so figures are those of a plain draw.
 
         ids (N, K). Returns the scalar loss (nats per patch) and metrics: cross_entropy (nats per token), accuracy
-        (share of tokens, with noise and dropout), kl (nats per patch, unclipped), sigma (mean posterior std).
+        (share of tokens), kl (nats per patch, unclipped), sigma (mean posterior std).
         """
         config = self.config
-        dropped = _bernoulli(ids_NK.shape, config.token_dropout, ids_NK.device, generator)
+        token_rate, latent_rate = (config.token_dropout, config.latent_dropout) if self.training else (0.0, 0.0)
+        dropped = _bernoulli(ids_NK.shape, token_rate, ids_NK.device, generator)
         posterior = self.encode(ids_NK.masked_fill(dropped, config.mask_id))
         kl_NL = gaussian_kl(posterior)
         z = posterior.sample(generator)
-        keep = 1.0 - config.latent_dropout
-        z = z.masked_fill(_bernoulli(z.shape, config.latent_dropout, z.device, generator), 0.0) / keep
+        z = z.masked_fill(_bernoulli(z.shape, latent_rate, z.device, generator), 0.0) / (1.0 - latent_rate)
         hidden = self.decode_hidden(z)
         cross_entropy, accuracy = linear_cross_entropy(hidden.flatten(0, -2), self.embedding.weight, ids_NK.reshape(-1))
         clipped = kl_NL.clamp(min=config.kl_clip).sum(-1).mean()
