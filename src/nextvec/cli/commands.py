@@ -1,6 +1,7 @@
 """Imports every module that registers verbs on the app, in the order in which help lists them."""
 
 from nextvec.cli import bench as bench
+from nextvec.cli import bound as bound
 from nextvec.cli import compare as compare
 from nextvec.cli import convert as convert
 from nextvec.cli import data as data
