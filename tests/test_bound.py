@@ -19,6 +19,7 @@ from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import save_run
 from nextvec.scoring import likelihood
+from nextvec.scoring.clusters import cluster_ratio
 from nextvec.scoring.likelihood import NOT_ARGMAX, nested_bounds, patch_log_probability
 from nextvec.text.tokenizer import byte_tokenizer, train_tokenizer
 
@@ -128,6 +129,23 @@ def test_each_point_of_the_curve_has_the_expectation_of_that_many_draws():
     assert expected[-1] > exact
     error = curve.std(dim=1) / math.sqrt(40_000)
     assert bool(((curve.mean(dim=1) - torch.tensor(expected)).abs() < 6 * error).all())
+
+
+def test_ratios_per_byte_and_their_clustered_error_equal_a_loop():
+    g = generator()
+    values, sizes = torch.rand(9, 2, generator=g, dtype=torch.float64), torch.randint(1, 9, (9,), generator=g)
+    clusters = [4, 4, 7, 7, 7, 1, 1, 1, 1]
+    found = cluster_ratio(values, torch.ones(9, 2, dtype=torch.bool), torch.tensor(clusters), sizes)
+    total = sum(sizes.tolist())
+    for q in range(2):
+        ratio = sum(values[:, q].tolist()) / total
+        residuals = [
+            sum(values[i, q].item() - ratio * sizes[i].item() for i in range(9) if clusters[i] == c) / total
+            for c in (1, 4, 7)
+        ]
+        assert float(found.mean[q]) == pytest.approx(ratio, rel=1e-12)
+        assert float(found.covariance[q, q]) == pytest.approx(1.5 * sum(r * r for r in residuals), rel=1e-12)
+    assert found.count.tolist() == [9, 9]
 
 
 def exact_nats(calm, documents, context_tokens, temperature):
