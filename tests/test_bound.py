@@ -379,6 +379,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(runs, monkeypatch, capsys
         ([runs / "token_lm", "--baseline", runs / "token_lm", *data], "is a baseline itself"),
         ([runs / "calm", "--baseline", runs / "calm", *data], "--baseline must be a token_lm run"),
         ([runs / "calm", "--data", runs / "nowhere"], "nowhere"),
+        ([runs / "calm", *data, "--patch-size", 4], "--patch-size is for a baseline alone"),
         ([runs / "calm", *data, "--draws", 3], "draws must be a power of two"),
         ([runs / "nothing", *data], "is not a run directory"),
     ):

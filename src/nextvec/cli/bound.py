@@ -32,8 +32,8 @@ def bound(
         int | None, typer.Option(help="Window N of the protocol documents-N; by default that of training.")
     ] = None,
     patch_size: Annotated[
-        int, typer.Option(help="Without a CALM: K of the CALM compared with, whose positions are scored.")
-    ] = 4,
+        int | None, typer.Option(help="Without a CALM: K of the CALM compared with, whose positions are scored; 4.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
     max_documents: Annotated[int | None, typer.Option(help="Only the first documents of the data.")] = None,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
@@ -44,7 +44,7 @@ def bound(
     import torch
 
     from nextvec import __version__
-    from nextvec.cli.evaluate import _context
+    from nextvec.cli.evaluate import BASELINE_STRIDE, _context
     from nextvec.errors import ConfigError, DataError
     from nextvec.evaluate.bound import evaluate_likelihood
     from nextvec.evaluate.documents import read_documents
@@ -61,6 +61,8 @@ def bound(
     exact = loaded.model if isinstance(loaded.model, TokenLM) else None
     if calm is None and exact is None:
         raise ConfigError(f"{run} holds an autoencoder, which predicts nothing: give a calm or token_lm run")
+    if calm is not None and patch_size is not None and patch_size != calm.patch_size:
+        raise ConfigError(f"--patch-size is for a baseline alone; {run} has patches of {calm.patch_size}: leave it out")
     if baseline is not None:
         if exact is not None:
             raise ConfigError(f"{run} is a baseline itself; give a calm run with --baseline {baseline}")
@@ -79,7 +81,7 @@ def bound(
             tokenizer,
             context_tokens=_context(loaded.config) if context_tokens is None else context_tokens,
             generator=torch.Generator(where).manual_seed(seed),
-            patch_size=patch_size,
+            patch_size=BASELINE_STRIDE if patch_size is None else patch_size,
             draws=draws,
             temperature=temperature,
             patches=patches,
