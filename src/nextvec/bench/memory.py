@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from nextvec.bench.steps import TrainStep
 from nextvec.bench.work import Spec, make_work
 
 CALLS = 3  # units of work, after which the mark stays
@@ -45,6 +46,8 @@ def measure(spec: Spec) -> int | None:
     if device.type == "mps":
         return None
     work = make_work(spec)
+    if isinstance(work, TrainStep):
+        work.compile(lambda line: None)
     work.warm()
     gc.collect()
     if device.type == "cuda":

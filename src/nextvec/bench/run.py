@@ -157,7 +157,7 @@ def _measure(specs: Mapping[str, Spec], settings: Settings, say: Say) -> dict[st
     products = {name: collect(work) for name, work in works.items()}
     watch = Stopwatch(dict.fromkeys(product for counts in products.values() for product in counts), device)
     for work in works.values():
-        if isinstance(work, TrainStep) and work.arm == "ours":
+        if isinstance(work, TrainStep):
             work.compile(say)
     say(f"{settings.repeats} repeats of {', '.join(works)}")
     times = interleave(works, settings.repeats, settings.seconds, device, watch.read)

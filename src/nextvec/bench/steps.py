@@ -75,8 +75,8 @@ class TrainStep:
         )
 
     def compile(self, say: Callable[[str], None]) -> None:
-        """Compile the repeated blocks, if the settings ask for it."""
-        if self.config.train.compile:
+        """Compile the repeated blocks of our arm, if the settings ask for it."""
+        if self.config.train.compile and self.arm == "ours":
             compile_blocks(
                 self.module, self.device, lambda: self._backward(self.batches.batch(0), self._generator()), say
             )
