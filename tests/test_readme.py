@@ -257,3 +257,51 @@ def test_marked_blocks_run(tmp_path: Path) -> None:
                 timeout=300,
             )
             assert done.returncode == 0, f"{block.place}\n{done.stdout}\n{done.stderr}"
+
+
+def house_table() -> str:
+    """The README's table of the house: each file with the first line of its docstring, folders in the order of the data."""
+    order = [
+        "config.py",
+        "presets.py",
+        "text",
+        "model",
+        "scoring",
+        "sampling",
+        "train",
+        "evaluate",
+        "rundir.py",
+        "card.py",
+        "reference",
+        "report",
+        "demo",
+        "bench",
+        "hardware.py",
+        "files.py",
+        "errors.py",
+        "cli",
+    ]
+    source = ROOT / "src" / "nextvec"
+
+    def row(path: Path, name: str, mark: str = "") -> str:
+        first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+        return f"| {mark}`{name}`{mark} | {mark}{first.rstrip('.').replace('|', chr(92) + '|')}{mark} |"
+
+    rows = []
+    for name in order:
+        if (source / name).is_file():
+            rows.append(row(source / name, name))
+            continue
+        rows.append(row(source / name / "__init__.py", f"{name}/", "**"))
+        files = sorted(
+            path for path in (source / name).rglob("*.py") if path.name not in ("__init__.py", "commands.py")
+        )
+        rows += [row(path, path.relative_to(source).as_posix()) for path in files]
+    listed = {path.name for path in source.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert listed - {"__init__.py"} == set(order), "a new room of the house: give it a place in `order`"
+    return "\n".join(rows)
+
+
+def test_the_readmes_table_of_the_house_is_true() -> None:
+    """To mend it: cd tests, python -c "import test_readme; print(test_readme.house_table())", and paste."""
+    assert house_table() in (ROOT / "README.md").read_text(encoding="utf-8")
