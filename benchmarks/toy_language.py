@@ -297,6 +297,7 @@ def draw_figure(points: Sequence[Point], best: Point, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.legend(fontsize=6.5)
     panels[0].set_ylabel("BrierLM", fontsize=8)
+    panels[0].set_ylim(0, 1.1 * (best.brier_lm or 1))  # an order near 0 has an error bar without end
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 
