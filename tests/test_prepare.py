@@ -252,6 +252,18 @@ def test_empty_corpus_and_empty_documents(tmp_path: Path) -> None:
     assert not list((tmp_path / "c" / "valid").iterdir())
 
 
+def test_link_to_nothing_stops_or_is_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    corpus(folder)
+    link = folder / "a.txt"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"^{link}: cannot be read \(.+\) \(--skip-bad leaves such documents out\)$"):
+        run(str(folder), tmp_path / "out")
+    done = run(str(folder), tmp_path / "out", skip_bad=True)
+    assert (done.documents, done.skipped) == (len(TEXTS), 1)
+
+
 def test_bad_documents_stop_or_are_counted(tmp_path: Path) -> None:
     source = Path(corpus(tmp_path))
     lines = source.read_text().splitlines()

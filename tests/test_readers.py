@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -80,6 +82,34 @@ def test_parquet(tmp_path: Path) -> None:
         read(write(tmp_path / "b.parquet", b"PAR1 nothing"))
 
 
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_parquet_strings_that_are_not_utf8(tmp_path: Path, dictionary: bool) -> None:
+    raw = pyarrow.array([b"good", b"caf\xe9", None, "☕".encode()], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())  # Arrow does not look inside
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column.dictionary_encode() if dictionary else column}), path)
+    assert mistakes(path) == (
+        ["good", "☕"],
+        [f"{path}: row 2: not valid UTF-8 (byte 0xe9)", f"{path}: row 3: 'text' must be text, got NoneType"],
+    )
+
+
+def test_damaged_parquet_page_names_the_row_reached(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"some text {i}" for i in range(3000)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=1000, use_dictionary=False)
+    group = pyarrow.parquet.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    middle = group.data_page_offset + group.total_compressed_size // 2
+    data[middle : middle + 400] = bytes(byte ^ 0xFF for byte in data[middle : middle + 400])
+    path.write_bytes(data)
+    good: list[str] = []
+    with pytest.raises(DataError, match=rf"^{path}: not a readable parquet file from row \d+ on \(.+\)$") as caught:
+        good.extend(documents(expand([str(path)]), "text", lambda message: pytest.fail(message)))
+    assert f"from row {len(good) + 1} on" in str(caught.value)
+    assert 700 < len(good) <= 1000  # all rows of the batches before the damaged page
+
+
 @pytest.mark.parametrize(("package", "source"), [("pyarrow", "a.parquet"), ("datasets", "hf:owner/name")])
 def test_missing_extra_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, source: str
@@ -141,6 +171,44 @@ def test_bad_files_name_file_and_line(tmp_path: Path) -> None:
     assert mistakes(latin_json)[1] == [f"{latin_json}:2: not valid UTF-8 (byte 0xe9); save the file as UTF-8"]
     item = write(tmp_path / "item.json", '[{"text": "a"}, 7]')
     assert mistakes(item) == (["a"], [f"{item}: item 2: expected an object with the key 'text', got int"])
+
+
+DEEP = "[" * 200_000
+
+
+def test_json_nested_too_deeply_is_a_bad_document(tmp_path: Path) -> None:
+    lines = write(tmp_path / "a.jsonl", f'{{"text": "good"}}\n{{"text": {DEEP}\n{{"text": "fine"}}\n')
+    assert mistakes(lines) == (["good", "fine"], [f"{lines}:2: not valid JSON (nested too deeply)"])
+    for text in (DEEP, f'{{"text": {DEEP}', f'{{"text": {DEEP}\n{{"text": "fine"}}\n'):
+        whole = write(tmp_path / "a.json", text)
+        assert mistakes(whole) == ([], [f"{whole}:1: not valid JSON (nested too deeply)"])
+
+
+def test_file_that_cannot_be_read_does_not_end_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "root"
+    for name in ("a.txt", "locked.txt", "z.txt"):
+        write(root / name, name)
+    dangling = [root / name for name in ("b.txt", "c.json", "d.jsonl", "e.parquet")]
+    for path in dangling:
+        path.symlink_to(tmp_path / "nowhere")
+    opened = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:  # file modes do not stop a test that runs as root
+        if path.name == "locked.txt":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    good, bad = mistakes(root)
+    assert good == ["a.txt", "z.txt"]
+    missing, denied = os.strerror(errno.ENOENT), os.strerror(errno.EACCES)
+    assert bad == [
+        *(f"{path}: cannot be read ({missing})" for path in dangling),
+        f"{root}/locked.txt: cannot be read ({denied})",
+    ]
+    before = fingerprint(expand([str(root)]))
+    write(tmp_path / "nowhere", "")  # the links now lead somewhere: other content
+    assert fingerprint(expand([str(root)])) != before
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -139,6 +140,28 @@ def test_damage_is_one_sentence(shards: TokenShards) -> None:
     np.save(offsets, np.arange(3))
     with pytest.raises(DataError, match="does not fit its manifest"):
         TokenShards.open(shards.path)
+
+
+def test_id_beyond_the_vocabulary_is_refused_when_read(shards: TokenShards) -> None:
+    file = shards.path / "tokens-00001.bin"
+    damaged = np.fromfile(file, dtype="<u2")
+    damaged[2] = 60_000
+    damaged.tofile(file)
+    shards = TokenShards.open(shards.path)
+    place = shards.manifest.shards[0].tokens + 2
+    message = rf"^{shards.path} is damaged: it holds the id 60000, its vocabulary has 259; run the same nextvec prepare"
+    with pytest.raises(DataError, match=message):
+        shards.read(place - 9, 10)
+    for packing in get_args(Packing):
+        with pytest.raises(DataError, match=message):
+            Stream(shards, 4, packing).read(0, Stream(shards, 4, packing).length)
+    assert shards.read(place + 1, 5).max() < 259
+    assert shards.read(place, 0).size == 0
+    out = shards.path.parent
+    prepare(
+        [str(out.parent / "corpus.jsonl")], TOKENIZER, out, valid_fraction=0, shard_tokens=100
+    )  # the advice mends it
+    assert TokenShards.open(shards.path, verify=True).read(0, shards.tokens).max() < 259
 
 
 def test_manifest_mistakes_are_one_sentence(shards: TokenShards) -> None:

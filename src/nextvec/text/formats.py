@@ -61,7 +61,7 @@ def read_json(path: Path, text_key: str) -> Iterator[Document | Bad]:
         return
     raw = path.read_bytes()
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = _loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         yield _not_utf8(path, raw, error)
         return
@@ -77,12 +77,16 @@ def read_json(path: Path, text_key: str) -> Iterator[Document | Bad]:
 
 
 def read_parquet(path: Path, text_key: str) -> Iterator[Document | Bad]:
-    """One row is a document, its text in column `text_key`. Needs pyarrow, of the extra `corpora`."""
+    """One row is a document, its text in column `text_key`. Needs pyarrow, of the extra `corpora`.
+
+    Bad: a row that is not text or not UTF-8. Raises DataError, with the row reached, where the file itself is damaged.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'nextvec[corpora]'") from None
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
@@ -90,13 +94,21 @@ def read_parquet(path: Path, text_key: str) -> Iterator[Document | Bad]:
                 raise DataError(
                     f"{path}: no column {text_key!r}; it has {', '.join(names)}: choose one with --text-key"
                 )
-            row, rows = 0, max(1, table.metadata.num_rows)
+            rows = max(1, table.metadata.num_rows)
             for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-                for value in batch.column(0).to_pylist():
+                for cell in batch.column(0):  # not to_pylist(), where one bad string loses the batch
                     row += 1
-                    yield as_document({text_key: value}, text_key, f"{path}: row {row}", row / rows)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a readable parquet file ({_reason(error)})") from None
+                    where = f"{path}: row {row}"
+                    try:
+                        value = cell.as_py()
+                    except UnicodeDecodeError as error:  # a writer may store any bytes in a string column
+                        yield Bad(f"{where}: not valid UTF-8 (byte 0x{error.object[error.start]:02x})", row / rows)
+                    else:
+                        yield as_document({text_key: value}, text_key, where, row / rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's refusal, as for any other file; pyarrow's own (a damaged page) has no number
+        raise DataError(f"{path}: not a readable parquet file from row {row + 1} on ({_reason(error)})") from None
 
 
 def _json_lines(path: Path, text_key: str, chunks: Callable[[IO[bytes]], Iterator[bytes]]) -> Iterator[Document | Bad]:
@@ -110,7 +122,7 @@ def _json_lines(path: Path, text_key: str, chunks: Callable[[IO[bytes]], Iterato
                 fraction = handle.tell() / size
                 where = f"{path}:{number}"
                 try:
-                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    value = _loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
                     yield Bad(f"{where}: not valid UTF-8 (byte 0x{line[error.start]:02x})", fraction)
                 except ValueError as error:
@@ -192,10 +204,18 @@ def _zstd_chunks(handle: IO[bytes]) -> Iterator[bytes]:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        _loads(line)
     except ValueError:
         return False
     return True
+
+
+def _loads(data: str | bytes) -> Any:
+    """`json.loads` for data of any depth. Raises ValueError for everything that it cannot parse."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _not_utf8(path: Path, raw: bytes, error: UnicodeDecodeError) -> Bad:

@@ -97,8 +97,22 @@ def _stdlib_file(path: Path, name: str) -> Item:
 
 
 def _item(path: Path, name: str, read: Callable[[str], Iterator[Document | Bad]]) -> Item:
-    stat = path.stat()
-    return Item(str(path), (name, stat.st_size, stat.st_mtime_ns), stat.st_size, read)
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nothing, say: reading it fails as well, and that can be skipped
+        size, modified = 0, -1
+    else:
+        size, modified = stat.st_size, stat.st_mtime_ns
+    return Item(str(path), (name, size, modified), size, partial(_readable, path, read))
+
+
+def _readable(path: Path, read: Callable[[str], Iterator[Document | Bad]], text_key: str) -> Iterator[Document | Bad]:
+    """A file that the system does not let us read, or only in part, is a bad document, not the end of the corpus."""
+    try:
+        yield from read(text_key)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error  # pyarrow puts a paragraph into strerror
+        yield Bad(f"{path}: cannot be read ({reason})", 1.0)
 
 
 def _keyed(path: Path, name: str, text_key: str) -> Iterator[Document | Bad]:

@@ -150,7 +150,10 @@ class TokenShards:
         return self.read(int(start), int(end - start))
 
     def read(self, start: int, length: int) -> Ids:
-        """`length` ids from position `start` of the raw stream over all shards."""
+        """`length` ids from position `start` of the raw stream over all shards.
+
+        Raises DataError for an id outside the vocabulary.
+        """
         assert 0 <= start <= start + length <= self.tokens
         out = np.empty(length, dtype=np.int64)
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -161,6 +164,12 @@ class TokenShards:
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
+        # Sizes say nothing of the contents; an id beyond the embedding would fail far from here, or nowhere.
+        if length and (largest := int(out.max())) >= self.manifest.vocab_size:
+            raise DataError(
+                f"{self.path} is damaged: it holds the id {largest}, its vocabulary has {self.manifest.vocab_size}; "
+                "run the same nextvec prepare command again"
+            )
         return out
 
 
