@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bench_runs import CPU, PARTS, RUNS, TOKENIZER, VOCAB
+from bench_runs import CPU, DATA, PARTS, RUNS, TOKENIZER, VOCAB
 from nextvec.bench import limits, memory, run, steps
+from nextvec.bench.sampling import held_out
 from nextvec.bench.settings import training_config
 from nextvec.bench.show import lines
 from nextvec.bench.steps import write_text
@@ -28,7 +30,9 @@ from nextvec.config import (
 )
 from nextvec.errors import ConfigError, DataError
 from nextvec.presets import calm_m, calm_reference
-from nextvec.rundir import build_model, save_run
+from nextvec.rundir import Run, build_model, save_run
+from nextvec.text.prepare import prepare
+from nextvec.text.shards import TokenShards
 
 ALWAYS = {"tokens_per_s", "plain_tokens_per_s", "ratio", "share_of_limit", "peak_bytes", "breakdown"}
 CARRIED = ALWAYS | {"machine", "config", "seed", "repeats", "limits", "definitions", "commit", "precision"}
@@ -241,6 +245,19 @@ def test_evaluation_of_a_trained_run(monkeypatch: pytest.MonkeyPatch, runs: Path
     assert arm["tokens"] == 90
     assert arm["context_tokens"] > arm["tokens"]  # windows overlap by half
     assert set(found["breakdown"]) >= {"backbone", "vocabulary", "scores"}
+
+
+@pytest.mark.parametrize("named", ["shards", "shards/train"])
+def test_held_out_text_lies_beside_the_training_shards(tmp_path: Path, named: str) -> None:
+    for index in range(30):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{index}.txt").write_text(f"text number {index}\n" * 3, encoding="utf-8")
+    prepare([str(tmp_path / "text")], TOKENIZER, tmp_path / "shards", valid_fraction=0.5, workers=1)
+    config = RUNS["train"].override(data=DATA.override(path=str(tmp_path / named)))
+    found = held_out(Run(tmp_path, config, build_model(config), TOKENIZER), None, 100)
+    valid = TokenShards.open(tmp_path / "shards" / "valid")
+    assert sum(len(document) for document in found) == 100
+    assert np.array_equal(found[0], valid.document(0))
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ def held_out(run: Run, source: str | None, tokens: int) -> list[Document]:
     """
     if source is None:
         folder = Path(run.config.data.path) if isinstance(run.config, RunConfig) else None
+        if folder is not None and folder.name == "train":
+            folder = folder.parent  # the run names the split itself
         beside = data_folders(folder)[1] if folder is not None and folder.exists() else None
         if beside is None:
             raise DataError(f"the held-out text of {run.path} is not where its training was: give --data")
