@@ -153,6 +153,29 @@ def test_it_learns(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "run" / "tokenizer.json").exists()
 
 
+def test_a_finished_run_resumed_keeps_its_card_and_says_how_its_text_was_laid_out(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments(work, "baseline", tmp_path / "run")
+    assert command(monkeypatch, *words) == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "20 steps" in card
+    assert "cross_entropy" in card
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["packing"] == "aligned"
+    assert command(monkeypatch, *words, "--resume") == 0
+    again = (tmp_path / "run" / "README.md").read_text()
+    assert again == card
+    assert command(monkeypatch, "train", "baseline", "--out", str(tmp_path / "run"), "--resume") == 0
+
+
+def test_a_path_that_yaml_would_read_as_something_else_stays_a_path(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(work, "baseline", tmp_path / "run")
+    words[words.index("--data") + 1] = "no"
+    assert "no holds no shards" in refused(monkeypatch, capsys, *words)
+
+
 def test_plain_shard_directory_and_given_held_out_shards(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +216,8 @@ def test_held_out_text_shorter_than_a_window_trains_without_evaluation(
         ("baseline", "model.vocab_size=999", "vocabulary of 259 tokens and the model has 999"),
         ("baseline", "optim.lr=fast", "optim.lr: Input should be a valid number"),
         ("baseline", "optim.lr", "an override is written key=value"),
+        ("baseline", "optim.lr=[1", "optim.lr: the value '[1' cannot be read"),
+        ("baseline", "train.seed=9223372036854775808", "train.seed: Input should be less than 9223372036854775808"),
         ("lm", "model.autoencoder.latent=4", "model.autoencoder differs from the settings of the trained autoencoder"),
         ("lm", "model.backbone.heads=3", "heads must divide width 16; got 3"),
         ("baseline", "data.path=nowhere", "nowhere holds no shards"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from nextvec import Calm, load_run
 from nextvec.demo import Demo, run_demo
 from nextvec.demo.settings import STAGES
+from nextvec.demo.stages import demo_command, open_folder
 from nextvec.errors import ConfigError
 
 
@@ -49,11 +52,27 @@ def test_a_folder_with_something_else_is_refused_and_kept(tmp_path: Path) -> Non
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_an_older_demo_is_moved_aside_and_an_unfinished_one_goes_on(tmp_path: Path) -> None:
+    demo, lines = Demo(out=tmp_path / "my demo", device="cpu"), list[str]()
+    open_folder(demo, lines.append)
+    (demo.out / "kept").write_text("work", encoding="utf-8")
+    open_folder(replace(demo, device="auto"), lines.append)  # the same demo, on another device
+    assert (demo.out / "kept").is_file()
+    assert lines == []
+    for number in (1, 2):
+        open_folder(replace(demo, seed=number), lines.append)
+        assert lines[-1] == f"The demo that was in {demo.out} is now in {tmp_path / f'my demo-{number}'}"
+    assert (tmp_path / "my demo-1" / "kept").read_text(encoding="utf-8") == "work"
+    command = shlex.split(demo_command(demo))
+    assert command[command.index("--out") + 1] == str(demo.out)
+    assert command[command.index("--device") + 1] == "cpu"
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"minutes": 0.1}, "minutes must be between 0.5 and 1440; got 0.1"),
-        ({"seed": -1}, "seed must not be negative; got -1"),
+        ({"seed": -1}, r"seed must be in \[0, 2\^63\); got -1"),
         ({"recipe": "fats"}, "recipe must be fast or paper; got 'fats'"),
     ],
 )

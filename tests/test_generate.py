@@ -238,6 +238,21 @@ def test_the_patch_that_holds_the_rest_of_the_prompt_becomes_the_next_input() ->
     assert [ids.tolist() for ids in seen] == [[[[2, 0, 0]]], [[[7, 3, 3]]]]  # the boundary, then the completed patch
 
 
+@pytest.mark.parametrize(("packed", "first"), [(False, [[[2, 0, 0], [10, 1, 1]]]), (True, [[[10, 1, 1]]])])
+def test_a_model_of_packed_documents_never_sees_a_padded_boundary(packed: bool, first: list[list[list[int]]]) -> None:
+    seen: list[Tensor] = []
+
+    class Watched(Scripted):
+        def states(self, ids_BPK: Tensor, cache: list[Tensor]) -> Tensor:
+            seen.append(ids_BPK)
+            return super().states(ids_BPK, cache)
+
+    model = Watched({(10, 2): [[2, 0, 0]], (10, 1): [[2, 0, 0]]})
+    steps = generate(model, [[10, 1, 1]], Sampling(1.0, 2, 9), eos_id=2, pad_id=0, packed=packed)  # type: ignore[arg-type]
+    assert collect(list(steps)) == [([], "eos")]
+    assert seen[0].tolist() == first
+
+
 def test_temperature_one_draws_one_candidate_where_nothing_is_given() -> None:
     model = Scripted({(10, 2): [[10, 3, 3]], (10, 3): [[2, 0, 0]]})
     list(generate(model, [[10, 1, 1, 10]], Sampling(1.0, 6, 9), eos_id=2, pad_id=0))  # type: ignore[arg-type]
@@ -372,6 +387,15 @@ def test_the_commands_defaults_are_those_of_the_api() -> None:
     options = inspect.signature(verb).parameters
     for name in ("temperature", "candidates", "max_tokens", "seed"):
         assert options[name].default == getattr(Sampling(), name)
+
+
+def test_text_beyond_the_context_of_training_is_told(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, runs / "tokens", "--prompt", "abc", "--max-tokens", 2) == 0
+    assert capsys.readouterr().err == ""
+    assert command(monkeypatch, runs / "tokens", "--prompt", "abc", "--max-tokens", 1022, "--temperature", 1) == 0
+    assert "make 1,025 tokens; the model was trained on 1,024" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

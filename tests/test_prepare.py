@@ -311,7 +311,7 @@ def test_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path, monkeypat
             yield FullDisk(handle)
 
     monkeypatch.setattr(writing, "atomic_open", full)
-    with pytest.raises(DataError, match=r"the disk is full: .* free some space and run the same command again"):
+    with pytest.raises(DataError, match=r"the disk is full: .* free some space and try again"):
         run(source, out)
     monkeypatch.undo()
     assert not list(out.rglob("*.tmp"))

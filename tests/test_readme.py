@@ -189,6 +189,11 @@ def test_commands_parse_and_names_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_no_placeholder_is_left(path: Path) -> None:
+    assert not re.findall(r"@[A-Z_]{3,}@", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
 def test_links_and_python_blocks_hold(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", FENCE.sub("", text)):

@@ -75,7 +75,7 @@ class Fake:
         losses = [float(self.loss(ids, generator, 0.0)[0]) for ids in batches]
         return {"cross_entropy": sum(losses) / len(losses), "brier": [1.0, float("nan")]}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, trained: dict[str, Any]) -> None:
         (path / "model.safetensors").write_bytes(b"model")
 
 
@@ -264,7 +264,7 @@ def test_full_disk_at_the_end_is_an_error_that_names_what_is_kept(
     run(tmp_path / "run", config(steps=4))
 
     class Exporting(Fake):
-        def save(self, path: Path) -> None:
+        def save(self, path: Path, trained: dict[str, Any]) -> None:
             (path / "model.safetensors").write_bytes(b"still fits")
 
     def full(*args: Any) -> None:
@@ -356,6 +356,26 @@ def test_time_budget_ends_training_and_drives_progress(tmp_path: Path, monkeypat
     assert result.seconds == 8.0
     assert seen == pytest.approx([n / 8 for n in range(8)])
     assert read_metrics(tmp_path / "run")[-2]["lr"] == pytest.approx(0.02 / 8 / (1 - 3 / 1000))
+
+
+def test_checkpoints_are_written_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nextvec.train.sitting as module
+
+    now, saved = 0.0, []
+
+    class Slow(Fake):
+        def loss(self, ids_BT: Tensor, generator: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+            nonlocal now
+            now += 50.0 if self.calls > 0 and self.module.training else 0.0  # the first is a look at the shapes
+            return super().loss(ids_BT, generator, progress)
+
+    real = module.checkpoint.save
+    monkeypatch.setattr(
+        module.checkpoint, "save", lambda out, state, *more: saved.append(state.step) or real(out, state, *more)
+    )
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    run(tmp_path / "run", config(save_minutes=2.0), Slow())
+    assert saved == [3, 6, 9, 10]  # 150 s apart, the first time 120 s are over; and the end
 
 
 def test_a_started_run_is_not_overwritten(tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ KINDS = {
 }
 
 
-def model_card(config: RunConfig, model: nn.Module, measured: Mapping[str, Any]) -> str:
-    """Markdown: what it is, how it was trained, what was measured on held-out text, how to use it."""
-    kind = config.kind
-    data, train = config.data, config.train
-    tokens = train.steps * train.accumulate * data.rows * data.context_tokens
+def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained: Mapping[str, Any]) -> str:
+    """Markdown: what it is, how it was trained, what was measured on held-out text, how to use it.
+
+    `trained`: step, tokens, seconds, and beside them the last held-out figures.
+    """
+    kind: str = config.kind
+    data = config.data
     lines = [
         f"# {kind}: {KINDS[kind]}",
         "",
@@ -31,16 +33,21 @@ def model_card(config: RunConfig, model: nn.Module, measured: Mapping[str, Any])
         "|---|---|",
         f"| parameters | {sum(p.numel() for p in model.parameters()):,} |",
         f"| data | {data.path}, packing {data.packing or 'as its manifest says'} |",
+        f"| tokenizer | hash {tokenizer_hash[:12]} |",
         f"| context length | {data.context_tokens:,} tokens |",
-        f"| training | at most {train.steps:,} steps, {tokens:,} tokens; seed {train.seed} |",
+        f"| training | {trained['step']:,} steps, {trained['tokens']:,} tokens, {trained['seconds']:,.0f} s; "
+        f"seed {config.train.seed} |",
         f"| optimiser | {_optimiser(config.optim)} |",
     ]
     if isinstance(config, CalmRun):
         energy = config.energy
         teacher = "exact teacher" if energy.teacher == "exact" else f"M = {energy.teacher_draws} teacher draws"
         lines.append(f"| recipe | {config.recipe.name}; energy loss of S = {energy.draws} draws, {teacher} |")
-    lines += ["", "## Measured on held-out text during training", ""]
-    lines += [f"- {name}: {_figure(value)}" for name, value in measured.items()] or ["- nothing"]
+    measured = {name: value for name, value in trained.items() if name not in ("kind", "step", "tokens", "seconds")}
+    lines += ["", "## Measured on held-out windows at the end of training", ""]
+    lines += [f"- {name}: {_figure(value)}" for name, value in measured.items()] or ["- nothing: no held-out shards"]
+    if measured:
+        lines += ["", "A probe of few draws; `nextvec eval` measures under a protocol and stamps it."]
     return "\n".join([*lines, *_use(config)]) + "\n"
 
 

@@ -19,6 +19,7 @@ FORMAT = 1  # version of config.yaml in a run directory; a newer one is refused 
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 R = TypeVar("R", bound="ModelRun")
 
@@ -205,12 +206,13 @@ class TrainSettings(Config):
     init_std: Annotated[float, Field(gt=0)] | None = None  # of fresh matrices; None: 0.8 / sqrt(width) [D]; 0.02 [C]
     steps: Positive = 1000  # optimiser steps
     accumulate: Positive = 1  # batches per optimiser step
-    seed: Count = 0
+    seed: Seed = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where measured faster
     compile: bool = False  # torch.compile of the repeated blocks
     log_every: Positive = 10  # steps
     eval_every: Count = 0  # steps; 0: only at the end
-    save_every: Count = 0  # steps; 0: only at the end and on Ctrl-C
+    save_every: Count = 0  # steps; 0: by the clock alone, at the end and on Ctrl-C
+    save_minutes: Annotated[float, Field(gt=0)] = 10.0  # of wall-clock time, at most, between two checkpoints
 
 
 class ModelRun(Config):
@@ -329,7 +331,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
             child = dict(child) if isinstance(child, dict) else {}
             node[parent] = child
             node = child
-        node[leaf] = _yaml_value(value)
+        node[leaf] = _yaml_value(key, value)
     return result
 
 
@@ -345,8 +347,11 @@ def unknown_name(what: str, name: str, known: list[str]) -> str:
     return f"unknown {what} {name!r}{hint}"
 
 
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
+def _yaml_value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: the value {text!r} cannot be read; quote text that YAML would take apart") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         try:
             return float(value)

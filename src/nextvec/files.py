@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from nextvec.errors import DataError
+from nextvec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,17 +82,28 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{what} {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{what} {path} cannot be read: {error}") from None
+
+
+def check_target(path: Path | None) -> None:
+    """Refuse, before any work, a file that could not be written: its folder is missing, or it is a folder.
+
+    Raises ConfigError; None passes.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give the name of a file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it, or give another name")
 
 
 def disk_error(error: OSError, path: Path) -> Exception:
     """Turn a full disk into one clear sentence; any other OSError is returned unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(
-            f"the disk is full: {path} was not written and its previous version is kept; "
-            "free some space and run the same command again"
-        )
+        kept = " and its previous version is kept" if path.exists() else ""
+        return DataError(f"the disk is full: {path} was not written{kept}; free some space and try again")
     return error
 
 

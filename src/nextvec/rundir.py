@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import nn
 
-from nextvec.config import CalmConfig, ModelRun, TokenLMConfig, dump_yaml, load_yaml, parse_any_run
+from nextvec.config import CalmConfig, ModelRun, RunConfig, TokenLMConfig, dump_yaml, load_yaml, parse_any_run
 from nextvec.errors import ConfigError, DataError
 from nextvec.files import atomic_open, write_tensors
 
@@ -114,6 +114,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
         )
     if not isinstance(model, Autoencoder):
         model.tokenizer = tokenizer
+        model.packed = isinstance(config, RunConfig) and config.data.packing == "packed" and model.patch_size > 1
     return Run(path, config, model, tokenizer)
 
 

@@ -11,7 +11,7 @@ from nextvec.errors import UserError
 
 app = typer.Typer(
     name="nextvec",
-    help="Train, score, sample and serve continuous autoregressive language models.",
+    help="Train, score and sample continuous autoregressive language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

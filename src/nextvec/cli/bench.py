@@ -51,8 +51,9 @@ def bench(
     from nextvec.bench.show import lines
     from nextvec.config import unknown_name
     from nextvec.errors import ConfigError
-    from nextvec.files import write_json
+    from nextvec.files import check_target, write_json
 
+    check_target(json)
     if what not in WHAT:
         raise ConfigError(unknown_name("benchmark", what, list(WHAT)))
     settings = Settings(device, precision, plain, repeats, seconds)

@@ -34,7 +34,7 @@ def bound(
     patch_size: Annotated[
         int | None, typer.Option(help="Without a CALM: K of the CALM compared with, whose positions are scored; 4.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same figures.")] = 0,
     max_documents: Annotated[int | None, typer.Option(help="Only the first documents of the data.")] = None,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     rows: Annotated[int, typer.Option(min=1, help="Windows per pass.")] = 8,
@@ -48,12 +48,13 @@ def bound(
     from nextvec.errors import ConfigError, DataError
     from nextvec.evaluate.bound import evaluate_likelihood
     from nextvec.evaluate.documents import read_documents
-    from nextvec.files import write_json
+    from nextvec.files import check_target, write_json
     from nextvec.hardware import choose_device
     from nextvec.model.calm import Calm
     from nextvec.model.token_lm import TokenLM
     from nextvec.rundir import load_run
 
+    check_target(json)
     where = choose_device(device)
     loaded = load_run(run, where)
     tokenizer = loaded.text_tokenizer

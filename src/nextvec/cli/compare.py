@@ -15,7 +15,7 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A.json", help="A result of `nextvec eval --json`.")],
     b: Annotated[Path, typer.Argument(metavar="B.json", help="Another, of the same protocol, text and tokenizer.")],
     json: Annotated[Path | None, typer.Option(help="Also write the differences here.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Brier figures of two models and their difference, B minus A, with a paired bootstrap by document.
 
@@ -24,8 +24,9 @@ def compare(
     import torch
 
     from nextvec.evaluate import compare as comparing
-    from nextvec.files import write_json
+    from nextvec.files import check_target, write_json
 
+    check_target(json)
     results = comparing.read_result(a), comparing.read_result(b)
     comparing.check_same(*results, (str(a), str(b)))
     found = comparing.compare(*results, generator=torch.Generator().manual_seed(seed))

@@ -33,10 +33,12 @@ def train_tokenizer(
     """Train a byte-level BPE with the tokens <|pad|>, <|mask|> and <|endoftext|>."""
     from rich.console import Console
 
-    from nextvec.errors import DataError
+    from nextvec.errors import ConfigError, DataError
     from nextvec.text.readers import documents, expand
     from nextvec.text.tokenizer import train_tokenizer as train
 
+    if out.is_file():
+        raise ConfigError(f"--out is a folder, which gets tokenizer.json; {out} is a file")
     console = Console(stderr=True)
     skipped = 0
 

@@ -14,7 +14,7 @@ from nextvec.cli import app
 def demo(
     minutes: Annotated[float, typer.Option(help="Wall-clock time for everything.")] = 8.0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the demo.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Draws all parameters and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws all parameters and noise.")] = 0,
     recipe: Annotated[
         Literal["fast", "paper"], typer.Option(help="fast: with the auxiliary cross-entropy; paper: energy loss alone.")
     ] = "fast",

@@ -40,7 +40,7 @@ def evaluate(
     estimator: Annotated[
         str, typer.Option(help="all_pairs, two_draws (as in the paper), or exact_tail (baseline).")
     ] = "all_pairs",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same figures.")] = 0,
     max_documents: Annotated[int | None, typer.Option(help="Only the first documents of the data.")] = None,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     rows: Annotated[int, typer.Option(min=1, help="Windows per pass.")] = 8,
@@ -57,7 +57,7 @@ def evaluate(
     from nextvec.evaluate.documents import read_documents
     from nextvec.evaluate.reconstruction import evaluate_reconstruction
     from nextvec.evaluate.windows import parse_protocol
-    from nextvec.files import write_json
+    from nextvec.files import check_target, write_json
     from nextvec.hardware import choose_device
     from nextvec.model.autoencoder import Autoencoder
     from nextvec.model.calm import Calm
@@ -65,6 +65,7 @@ def evaluate(
     from nextvec.rundir import load_run
     from nextvec.scoring.brier import Estimator
 
+    check_target(json)
     if estimator not in get_args(Estimator):
         raise ConfigError(f"estimator must be one of {', '.join(get_args(Estimator))}; got {estimator!r}")
     if protocol is not None and context_tokens is not None:

@@ -21,12 +21,12 @@ def generate(
     temperature: Annotated[float, typer.Option(help="In (0, 1]; 1 is the model's own law.")] = 0.5,
     candidates: Annotated[int, typer.Option(help="Draws in the pool of each patch (CALM below 1).")] = 200,
     max_tokens: Annotated[int, typer.Option(help="Tokens to draw at most.")] = 256,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
     show_patches: Annotated[bool, typer.Option("--show-patches", help=f"Draw {BOUNDARY} between patches.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Print a prompt and its continuation, patch by patch as it is drawn."""
-    from nextvec.config import AutoencoderConfig
+    from nextvec.config import AutoencoderConfig, RunConfig
     from nextvec.errors import ConfigError
     from nextvec.hardware import choose_device
     from nextvec.model.calm import Calm
@@ -49,6 +49,13 @@ def generate(
     )
     mark = BOUNDARY if show_patches else ""
     ids = tokenizer.encode(prompt)
+    trained = loaded.config.data.context_tokens if isinstance(loaded.config, RunConfig) else None
+    if trained is not None and len(ids) + max_tokens > trained:
+        print(
+            f"prompt and --max-tokens make {len(ids) + max_tokens:,} tokens; the model was trained on {trained:,}, and "
+            "beyond them its text may decay",
+            file=sys.stderr,
+        )
     shown = patch_texts(tokenizer, ids, model.patch_size)
     if len(ids) % model.patch_size == 0:
         shown.append("")  # the prompt ends at a boundary; otherwise its last patch goes on with the first one drawn

@@ -115,9 +115,10 @@ def _train(
     check_out(out, resume)
     settings = _settings(VERBS[verb], out, config_file, resume)
     if data is not None:
-        settings = apply_overrides(settings, [f"data.path={data}"])
+        settings = {**settings, "data": {**(settings.get("data") or {}), "path": str(data)}}
     settings = apply_overrides(settings, overrides)
     shards = TokenShards.open(data_folders(_data_path(settings))[0])
+    settings["data"] = {"packing": shards.manifest.packing, **settings["data"]}  # a run says how its text was laid out
     autoencoder: Autoencoder | None = None
     if autoencoder_run is not None:
         autoencoder, tokenizer = load_autoencoder(autoencoder_run)

@@ -27,7 +27,7 @@ def run_demo(demo: Demo, say: Callable[[str], None] = print) -> Path:
     from nextvec.report import build_report
 
     began = time.monotonic()
-    stages.open_folder(demo)
+    stages.open_folder(demo, say)
     say(f"nextvec demo: {demo.minutes:g} minutes, everything under {demo.out}")
     corpus = stages.corpus(demo, say)
     models = stages.train_all(demo, corpus, began, say)

@@ -136,6 +136,7 @@ def write(demo: Demo, corpus: Corpus, models: Models, found: Found, seconds: flo
         "N": settings.CANDIDATES,
         "recipe": demo.recipe,
         "decode_rule": "argmax",
+        "scored_tokens_per_file": demo.scored_length,
         "seed": demo.seed,
     }
     context = settings.CONTEXT
@@ -175,6 +176,9 @@ def closing(demo: Demo, found: Found, report: Path, seconds: float) -> str:
         "",
         f"Autoencoder: {accuracy:.2%} of held-out tokens right at the mean, sigma {found.reconstruction.sigma:.2f}",
     ]
+    lines.append(
+        f"Scores on the first {demo.scored_length:,} tokens of each of {found.scores['calm'].protocol.documents} held-out files:"
+    )
     for name, score in found.scores.items():
         errors = score.brier_stderr or (float("nan"),) * len(score.brier)
         orders = "  ".join(f"{100 * b:.2f} ± {100 * e:.2f}" for b, e in zip(score.brier, errors, strict=True))

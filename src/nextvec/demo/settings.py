@@ -50,8 +50,8 @@ class Demo:
     def __post_init__(self) -> None:
         if not 0.5 <= self.minutes <= 1440:
             raise ConfigError(f"minutes must be between 0.5 and 1440; got {self.minutes:g}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative; got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be in [0, 2^63); got {self.seed}")
         if self.recipe not in ("fast", "paper"):
             raise ConfigError(f"recipe must be fast or paper; got {self.recipe!r}")
 

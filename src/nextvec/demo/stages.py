@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +28,6 @@ from nextvec.train.loop import train
 from nextvec.train.objectives import BrierProbe, build_objective
 
 Say = Callable[[str], None]
-MADE = ("data", "autoencoder", "calm", "baseline", "summary.json", "details.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -50,23 +49,29 @@ class Models:
     baseline: TokenLM
 
 
-def open_folder(demo: Demo) -> None:
-    """Make the folder ours: new, or an unfinished demo of the same settings to go on with, or an older one to replace."""
+def open_folder(demo: Demo, say: Say) -> None:
+    """Make the folder ours: new, or an unfinished demo of the same settings to go on with. An older demo is moved aside."""
     marker = demo.out / "demo.json"
-    wanted = {name: value for name, value in asdict(demo).items() if name != "out"}
+    wanted = {name: value for name, value in asdict(demo).items() if name not in ("out", "device")}
     if marker.is_file():
         same = read_json(marker, "demo settings") == wanted
         if same and not (demo.out / "report.html").is_file():
             return
-        for name in MADE:
-            path = demo.out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        number = 1
+        while (aside := demo.out.with_name(f"{demo.out.name}-{number}")).exists():
+            number += 1
+        demo.out.rename(aside)
+        say(f"The demo that was in {demo.out} is now in {aside}")
     elif demo.out.exists() and (not demo.out.is_dir() or any(demo.out.iterdir())):
         raise ConfigError(f"{demo.out} holds something that is not a demo; give another folder with --out")
     write_json(marker, wanted)
+
+
+def demo_command(demo: Demo) -> str:
+    """The command line that goes on with this demo."""
+    options = {"minutes": f"{demo.minutes:g}", "out": str(demo.out), "seed": str(demo.seed)}
+    options |= {"recipe": demo.recipe, "device": demo.device}
+    return shlex.join(["nextvec", "demo", *(part for name, value in options.items() for part in (f"--{name}", value))])
 
 
 def corpus(demo: Demo, say: Say) -> Corpus:
@@ -110,7 +115,7 @@ def train_all(demo: Demo, corpus: Corpus, began: float, say: Say) -> Models:
             eval_batches=2,
             time_budget=seconds,
             valid=corpus.valid,
-            command=f"nextvec demo --out {demo.out} --minutes {demo.minutes:g} --seed {demo.seed} --recipe {demo.recipe}",
+            command=demo_command(demo),
         )
         if result.interrupted:
             raise KeyboardInterrupt

@@ -52,6 +52,7 @@ class Calm(nn.Module):
         width = config.backbone.width
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.packed = False  # trained on packed documents, where no patch is padded
         self.compressor = Compressor(config.vocab_size, config.patch_size, width)
         self.backbone = Backbone(config.backbone)
         self.head = EnergyHead(config.head, width, config.autoencoder.latent)

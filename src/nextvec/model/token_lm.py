@@ -28,6 +28,7 @@ class TokenLM(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.packed = False  # with patches of one token, both packings are the same
         self.embedding = nn.Embedding(config.vocab_size, config.backbone.width)
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)

@@ -67,6 +67,7 @@ class Summary(Input):
     decode_rule: str
     seed: int
     N: int | None = None  # candidates of the batch temperature sampler
+    scored_tokens_per_file: int | None = None  # the held-out scores are on this many first tokens of each file
 
 
 class Sample(Input):

@@ -76,15 +76,19 @@ def opening(inputs: Inputs) -> str:
         + "</div>"
         for name, value, *lines in tiles
     )
-    return f'<dl class="tiles">{grid}</dl>\n{scores(calm, baseline)}'
+    return f'<dl class="tiles">{grid}</dl>\n{scores(calm, baseline, s.scored_tokens_per_file)}'
 
 
-def scores(calm: ModelSummary, baseline: ModelSummary) -> str:
+def scores(calm: ModelSummary, baseline: ModelSummary, per_file: int | None) -> str:
     """Brier-1 to Brier-4 and BrierLM of both models, as a picture and as a table."""
     models = [("calm", "CALM", calm), ("baseline", "token Transformer", baseline)]
     rows = [[f"Brier-{order + 1}", *(words.brier(model, order) for _, _, model in models)] for order in range(4)]
     rows.append(["BrierLM", *(words.brier_lm(model) for _, _, model in models)])
-    caption = f"Held-out scores (Brier orders {words.TIMES_100}), ± one standard error clustered by document; higher is better"
+    where = "" if per_file is None else f" on the first {per_file:,} tokens of each file"
+    caption = (
+        f"Held-out scores{where} (Brier orders {words.TIMES_100}), ± one standard error clustered by document; "
+        "higher is better"
+    )
     numbers = table(caption, ["", "CALM", "token Transformer"], rows)
     notes = [words.above_zero(calm)] + [words.why_undefined(label, model) for _, label, model in models]
     beside = numbers + "".join(paragraph(note, "note") for note in notes if note)
@@ -138,6 +142,7 @@ def stamp(inputs: Inputs) -> str:
         "Decode rule": s.decode_rule,
         "Candidates below T = 1 (N)": s.N,
         "Seed": s.seed,
+        "Tokens scored of each held-out file": s.scored_tokens_per_file,
         "CALM training tokens": s.calm.train_tokens,
         "Token Transformer training tokens": s.baseline.train_tokens,
         "Whole demo": words.duration(s.seconds),

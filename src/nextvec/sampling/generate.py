@@ -1,9 +1,10 @@
-"""The one generation loop: command line, Python and server all get their text from here, patch by patch.
+"""The one generation loop: command line and Python get their text from here, patch by patch.
 
 A row's model input is  [eos, pad .. pad] [whole patches of the prompt] [patches drawn so far].  The first is the boundary
-that ends a document in aligned packing, so that an empty prompt, too, has a state to start from. A prompt whose length is no
-multiple of K leaves r tokens over; the first patch drawn is conditioned on them: of its pool, the draws that begin with
-these tokens are kept (`temperature.condition`), and what they say after them is new text. No pad ever stands inside a text.
+that ends a document in aligned packing, so that an empty prompt, too, has a state to start from; a model trained on packed
+documents never saw it, so there a prompt of at least one whole patch stands alone. A prompt whose length is no multiple of K
+leaves r tokens over; the first patch drawn is conditioned on them: of its pool, the draws that begin with these tokens are
+kept (`temperature.condition`), and what they say after them is new text. No pad ever stands inside a text.
 
 Legend: B rows, P patches, K tokens per patch, D width, N candidates.
 """
@@ -56,9 +57,10 @@ class Step:
 
 
 class TextModel(LanguageModel, Protocol):
-    """A language model that knows its tokenizer, as one loaded from a run directory does."""
+    """A language model that knows its tokenizer and how its documents were laid out, as one loaded from a run does."""
 
     tokenizer: Tokenizer | None
+    packed: bool
 
 
 @runtime_checkable
@@ -69,13 +71,19 @@ class HasLogits(Protocol):
 
 
 def generate(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], settings: Sampling, *, eos_id: int, pad_id: int
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling,
+    *,
+    eos_id: int,
+    pad_id: int,
+    packed: bool = False,
 ) -> Iterator[Step]:
     """Continue each prompt (token ids of any length, also none), one patch per row and step, until all rows finished.
 
     A row ends at the end-of-text token, wherever it stands in its patch, or at `max_tokens`. A row's text does not depend on
-    the other rows (up to the rounding of batched products). Raises UserError, at the call, for fewer candidates than
-    the temperature needs and for ids outside the vocabulary.
+    the other rows (up to the rounding of batched products). `packed`: the model was trained on packed documents.
+    Raises UserError, at the call, for fewer candidates than the temperature needs and for ids outside the vocabulary.
     """
     if not isinstance(model, HasLogits):
         check_pool(settings.temperature, settings.candidates)
@@ -86,7 +94,7 @@ def generate(
                     f"prompt tokens must be in [0, {model.vocab_size}), the model's vocabulary; got {token}: "
                     "encode the prompt with the model's own tokenizer"
                 )
-    return _run(model, prompts, settings, eos_id, pad_id)
+    return _run(model, prompts, settings, eos_id, pad_id, packed)
 
 
 def stream_text(
@@ -123,7 +131,8 @@ def _stream(model: TextModel, prompts: Sequence[str], settings: Sampling) -> Ite
                 "the prompt must be valid Unicode text; it holds bytes that are not UTF-8: encode it as UTF-8"
             )
     encoded = tokenizer.encode_batch(prompts)
-    steps = generate(model, encoded, settings, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    steps = generate(model, encoded, settings, packed=model.packed, **ends)
     streams = [TextStream(tokenizer, before=ids) for ids in encoded]
     return (
         [
@@ -135,13 +144,21 @@ def _stream(model: TextModel, prompts: Sequence[str], settings: Sampling) -> Ite
 
 
 def _run(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], settings: Sampling, eos_id: int, pad_id: int
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling,
+    eos_id: int,
+    pad_id: int,
+    packed: bool,
 ) -> Iterator[Step]:
     boundary = [eos_id] + [pad_id] * (model.patch_size - 1)
     by_length: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt) // model.patch_size, []).append(row)
-    groups = [_Group(model, rows, [prompts[row] for row in rows], settings, boundary) for rows in by_length.values()]
+    groups = [
+        _Group(model, rows, [prompts[row] for row in rows], settings, [] if packed and patches else boundary)
+        for patches, rows in by_length.items()
+    ]
     produced = [0] * len(prompts)
     finished: list[Finish | None] = [None] * len(prompts)
     while groups:

@@ -76,7 +76,11 @@ def _expand(source: str) -> list[Item]:
 def _folder(root: Path) -> list[Item]:
     """Every file of a known kind below `root`; hidden ones and unknown suffixes are passed over."""
     found = []
-    for folder, folders, files in os.walk(root):
+
+    def refused(error: OSError) -> None:
+        raise DataError(f"folder {error.filename} cannot be read ({error.strerror}); grant access or leave it out")
+
+    for folder, folders, files in os.walk(root, onerror=refused):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".") and reader_of(name)]
     if not found:

@@ -31,7 +31,14 @@ from nextvec.hardware import Precision
 FORMAT = 1  # version of state.json
 KEEP = 2  # checkpoints kept in a run directory
 MODULE, OPTIMIZER, STATE = "module.safetensors", "optimizer.safetensors", "state.json"
-CONTINUED = ("train.steps", "train.log_every", "train.eval_every", "train.save_every", "data.path")  # free to change
+CONTINUED = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.save_minutes",
+    "data.path",
+)  # free to change
 
 Say = Callable[[str], None]
 

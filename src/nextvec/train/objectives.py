@@ -5,7 +5,7 @@ Legend: B rows, T tokens per row, P patches, K tokens per patch, D width, S draw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,6 @@ class Objective:
     ) -> None:
         self.config = config
         self.brier = brier
-        self.measured: dict[str, Any] = {}  # the last evaluation, for the model card
         self.module: Any = module  # the loop may put a wrapper (DDP) here; `model` stays the bare model
         self.model = model
         self.tokenizer = tokenizer
@@ -149,7 +148,6 @@ class Objective:
         if self.brier is not None and isinstance(self.model, Calm | TokenLM):
             result |= self._brier_figures(self.brier, self.model)
         self.module.train()
-        self.measured = result
         return result
 
     def _brier_figures(self, probe: BrierProbe, model: Calm | TokenLM) -> dict[str, Any]:
@@ -178,9 +176,10 @@ class Objective:
         _, metrics = module.energy_terms(moved, ids_BPK[:, 1:], generator)
         return metrics["energy"] - energy
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, trained: Mapping[str, Any]) -> None:
         """Write the run directory's model files and card, without training-only parts."""
-        save_run(path, self.config, self.model, self.tokenizer, model_card(self.config, self.model, self.measured))
+        card = model_card(self.config, self.model, self.tokenizer.hash, trained)
+        save_run(path, self.config, self.model, self.tokenizer, card)
 
 
 def build_objective(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,8 +45,8 @@ class Trainable(Protocol):
         """Metrics over held-out batches of ids (B, T)."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Write the run directory's model files."""
+    def save(self, path: Path, trained: Row) -> None:
+        """Write the run directory's model files. `trained`: step, tokens, seconds, and the last held-out figures."""
         ...
 
 
@@ -112,6 +112,7 @@ class Sitting:
             self.logged_step, self.logged_seconds = state.logged_step, state.logged_seconds
         objective.module, self.prepared_optimizer = self.accelerator.prepare(self.bare, self.optimizer)
         self._mark = time.perf_counter()
+        self.save_tried = time.monotonic()
 
     def run(self, interrupt: Interrupt) -> TrainResult:
         settings = self.config.train
@@ -128,7 +129,7 @@ class Sitting:
                 self._log()
             if self._due(settings.eval_every):
                 self._evaluate(interrupt)
-            if self._due(settings.save_every):
+            if self._due(settings.save_every) or time.monotonic() - self.save_tried >= 60 * settings.save_minutes:
                 self._save(last=False)
         if self._finished():
             self._log()
@@ -138,7 +139,8 @@ class Sitting:
             self._save(last=True)
         except DataError:
             if not interrupted:
-                self._export()  # the model alone is a third of a checkpoint and may still fit
+                with suppress(DataError, OSError):  # the first error says what to do
+                    self._export()  # the model alone is a third of a checkpoint and may still fit
             raise
         if interrupted:
             how = f"with: {self.command}" if self.command else "by training again with resume=True (--resume)"
@@ -264,6 +266,7 @@ class Sitting:
         if self.saved_step == self.step:
             return
         self._means()  # never from a state that is not finite
+        self.save_tried = time.monotonic()
         with self._paused():
             state = checkpoint.TrainState(
                 step=self.step,
@@ -290,8 +293,9 @@ class Sitting:
         self.saved_step = self.step
 
     def _export(self) -> None:
+        trained: Row = {"step": self.step, "tokens": self.step * self.tokens_per_step, "seconds": self.seconds}
         with self._paused():
-            self.objective.save(self.out)
+            self.objective.save(self.out, {**(self.metrics.evaluation or {}), **trained})
 
     def _kept(self) -> str:
         if self.saved_step is None:
