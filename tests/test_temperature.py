@@ -6,9 +6,12 @@ Chi-square tests fail by chance with probability 1e-6 each (for a fresh seed).
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import runpy
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +19,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from nextvec.errors import UserError
+from nextvec.sampling.exact import BudgetError, estimate_normaliser, exact_temperature
 from nextvec.sampling.temperature import (
-    BudgetError,
     batch_temperature,
     check_temperature,
     condition,
     count_equal,
-    exact_temperature,
     pool_probabilities,
     sample_logits,
     split_exponent,
@@ -269,7 +271,8 @@ def test_the_exact_sampler_has_the_sharpened_law_and_the_stated_cost(temperature
 
 
 @pytest.mark.parametrize(
-    ("temperature", "remedy"), [(0.7, "take temperature 1, one of at most 0.5"), (0.2, "raise the budget")]
+    ("temperature", "remedy"),
+    [(0.7, "take temperature 1, one of at most 0.5"), (0.2, "no 5 of them are equal, .*: raise the budget")],
 )
 def test_an_exhausted_budget_says_what_was_used(temperature: float, remedy: str) -> None:
     counter = itertools.count()
@@ -283,6 +286,65 @@ def test_an_exhausted_budget_says_what_was_used(temperature: float, remedy: str)
     assert caught.value.restarts >= 10
     assert f"{caught.value.draws} draws used, {caught.value.restarts} restarts" in str(caught.value)
     assert next(counter) <= 1000
+
+
+def test_an_exhausted_budget_estimates_the_cost_from_equal_draws() -> None:
+    draw, _ = sampler((0.02,) * 50, seeded())
+    for temperature, words in (
+        (0.25, r"Z = sum P\^\(1/T\) is about 8\.\de-06, and a patch takes about 4\d\d,\d\d\d draws"),
+        (0.22, r"Z = sum P\^\(1/T\) is between \S+ and \S+, and a patch takes at least \d"),
+    ):
+        with pytest.raises(BudgetError, match=words) as caught:
+            exact_temperature(draw, temperature, seeded(), budget=3000)
+        assert caught.value.normaliser is not None
+        low, high = caught.value.normaliser
+        assert low * 0.7 < 50 * 0.02 ** (1 / temperature) < high * 1.3
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_estimate_of_the_normaliser_is_unbiased(order: int) -> None:
+    """Its mean over all pools of six draws is sum P^m, exactly."""
+    all_BNK = pools(len(LAW), 6)
+    weight_B = torch.tensor(LAW, dtype=torch.float64)[all_BNK[..., 0] * 2 + all_BNK[..., 1]].prod(dim=1).tolist()
+    found = [estimate_normaliser(pool, 1 / order) for pool in all_BNK]
+    mean = sum(w * each[0] for w, each in zip(weight_B, found, strict=True) if each is not None)
+    assert mean == pytest.approx(sum(p**order for p in LAW), rel=1e-12)
+
+
+def test_where_no_normaliser_can_be_estimated() -> None:
+    draws = torch.zeros(3, 2, dtype=torch.int64)
+    assert estimate_normaliser(draws, 0.7) is None
+    assert estimate_normaliser(draws, 0.25) is None
+    assert estimate_normaliser(draws, 1 / 3) == (1.0, 1.0)
+    assert estimate_normaliser(draws, 0.3) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.8, 0.5, 0.4])
+def test_a_law_of_many_patches_is_sharpened(temperature: float) -> None:
+    """A law of 40 patches: exact sampler by chi-square at a false-alarm rate of 1e-6, the batch sampler in total variation."""
+    law = tuple(p / sum(1 / (i + 1) for i in range(40)) for p in (1 / (i + 1) for i in range(40)))
+    generator = seeded(7)
+    draw, _ = sampler(law, generator)
+    target = torch.tensor(sharpened(law, temperature), dtype=torch.float64)
+    results = [int(exact_temperature(draw, temperature, generator, 1_000_000, 64)[0]) for _ in range(3000)]
+    counts = torch.bincount(torch.tensor(results), minlength=40).to(torch.float64)
+    large = target * 3000 >= 5  # the rest is one cell
+    cells = [*zip(counts[large].tolist(), target[large].tolist(), strict=True)]
+    if not bool(large.all()):
+        cells.append((float(counts[~large].sum()), float(target[~large].sum())))
+    statistic = sum((c - 3000 * p) ** 2 / (3000 * p) for c, p in cells)
+    freedom = len(cells) - 1
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))  # Wilson-Hilferty
+    assert z < 4.75
+    distances = []
+    for size in (8, 64, 512):
+        pool_BNK = torch.multinomial(torch.tensor(law), 2000 * size, replacement=True, generator=generator)
+        pool_BNK = pool_BNK.view(2000, size, 1)
+        mean = torch.zeros(40, dtype=torch.float64)
+        mean.scatter_add_(0, pool_BNK.flatten(), pool_probabilities(pool_BNK, temperature).flatten() / 2000)
+        distances.append(float((mean - target).abs().sum() / 2))
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.03
 
 
 def test_a_budget_below_n_is_refused() -> None:
@@ -317,3 +379,17 @@ def chi_square_p_value(counts: list[int], law: list[float]) -> float:
     total = sum(counts)
     statistic = sum((c - total * p) ** 2 / (total * p) for c, p in zip(counts, law, strict=True))
     return math.exp(-statistic / 2)
+
+
+@pytest.mark.slow
+def test_the_figure_of_convergence_is_made_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "temperature_convergence.py"))
+    svg, out = tmp_path / "t.svg", tmp_path / "t.json"
+    module["main"](["--shrunk", "--svg", str(svg), "--json", str(out)])
+    rows = json.loads(out.read_text())["points"]
+    assert svg.read_text().count("<svg") == 1
+    for law in {row["law"] for row in rows}:
+        for temperature in {row["temperature"] for row in rows}:
+            mine = [row["distance"] for row in rows if (row["law"], row["temperature"]) == (law, temperature)]
+            assert mine[-1] < mine[0] or temperature == 1
+    assert "total variation" in capsys.readouterr().out

@@ -21,7 +21,7 @@ Legend: B rows, N candidates of a row's pool, K tokens per patch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -32,15 +32,6 @@ from nextvec.errors import UserError
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or one per row
 
 _TOKEN_RANGE = 1 << 32  # a rank below N times this, plus a token, fits in int64: larger than any vocabulary
-
-
-class BudgetError(UserError):
-    """The exact sampler used up its budget. `draws`: draws used; `restarts`: rejected attempts."""
-
-    def __init__(self, message: str, draws: int, restarts: int) -> None:
-        super().__init__(message)
-        self.draws = draws
-        self.restarts = restarts
 
 
 def check_temperature(temperature: float) -> None:
@@ -149,99 +140,6 @@ def sample_logits(logits_BV: Tensor, temperature: float, generator: Generators) 
     check_temperature(temperature)
     probability_BV = (logits_BV.to(_wide(logits_BV.device)) / temperature).softmax(dim=-1)
     return _pick(probability_BV, _uniforms(generator, probability_BV))
-
-
-def exact_temperature(
-    draw: Callable[[int], Tensor], temperature: float, generator: torch.Generator, budget: int, batch: int = 256
-) -> Tensor:
-    """One exact draw (K,) of P^(1/T) from a black-box sampler of P: the paper's Algorithm 1, any T in (0, 1].
-
-    `draw(m)` returns m independent draws (m, K); it is called with `batch` or fewer, so up to `batch` - 1 draws may go unused.
-    Expected draws used: (n + [a > 0] sum_x P^(1/T - 1)) / sum_x P^(1/T). Raises BudgetError after `budget` draws, UserError for
-    a bad temperature or a budget below n.
-    """
-    check_temperature(temperature)
-    whole, rest = split_exponent(temperature)
-    if budget < whole:
-        raise UserError(f"the budget must allow at least 1 / temperature = {whole} draws; got {budget}: raise it")
-    source = _Draws(draw, budget, max(batch, whole))
-    restarts = 0
-    while True:
-        block_mNK = source.peek(whole)
-        if block_mNK is None:
-            raise _exhausted(temperature, source.used, restarts)
-        unanimous = (block_mNK == block_mNK[:, :1]).flatten(1).all(dim=1).nonzero()
-        if not len(unanimous):
-            source.take(len(block_mNK) * whole)
-            restarts += len(block_mNK)
-            continue
-        first = int(unanimous[0])
-        source.take((first + 1) * whole)
-        restarts += first
-        winner_K = block_mNK[first, 0]
-        if rest == 0 or _accept(source, winner_K, rest, generator):
-            return winner_K
-        restarts += 1
-
-
-def _accept(source: _Draws, winner_K: Tensor, rest: float, generator: torch.Generator) -> bool:
-    """Second phase of Algorithm 1: true with probability P(winner)^a, by a race of draws against a/1, a/2, ..."""
-    failures = 0
-    while True:
-        block_m1K = source.peek(1)
-        if block_m1K is None:
-            return False  # the caller finds the budget spent as well
-        match_m = (block_m1K[:, 0] == winner_K).all(dim=-1)
-        step_m = torch.arange(1, len(match_m) + 1, device=match_m.device) + failures
-        uniform_m = torch.rand(len(match_m), generator=generator, device=generator.device).to(match_m.device)
-        ended = (match_m | (uniform_m < rest / step_m)).nonzero()
-        if len(ended):
-            index = int(ended[0])
-            source.take(index + 1)
-            return bool(match_m[index])
-        source.take(len(match_m))
-        failures += len(match_m)
-
-
-class _Draws:
-    """Draws fetched in batches and used one after the other, so that batching never changes the law."""
-
-    def __init__(self, draw: Callable[[int], Tensor], budget: int, batch: int) -> None:
-        self._draw, self._budget, self._batch = draw, budget, batch
-        self._held: Tensor | None = None
-        self.used = 0
-
-    def peek(self, group: int) -> Tensor | None:
-        """The next draws in whole groups, (m, group, K) with m >= 1; None when the budget has no whole group left."""
-        held = 0 if self._held is None else len(self._held)
-        if held < group:
-            fetch = min(self._batch, self._budget - self.used - held)
-            if held + fetch < group:
-                return None
-            fresh = self._draw(fetch)
-            self._held = fresh if self._held is None else torch.cat((self._held, fresh))
-        assert self._held is not None
-        whole = len(self._held) // group * group
-        return self._held[:whole].unflatten(0, (-1, group))
-
-    def take(self, count: int) -> None:
-        """Count the next draws as used."""
-        assert self._held is not None
-        self._held = self._held[count:]
-        self.used += count
-
-
-def _exhausted(temperature: float, draws: int, restarts: int) -> BudgetError:
-    if 0.5 < temperature < 1:
-        remedy = "take temperature 1, one of at most 0.5, or the batch sampler"
-    else:
-        remedy = "raise the budget, take a higher temperature, or the batch sampler"
-    return BudgetError(
-        f"the exact sampler at temperature {temperature:g} found no patch within its budget: {draws} draws used, "
-        f"{restarts} restarts: {remedy}",
-        draws,
-        restarts,
-    )
 
 
 def _wide(device: torch.device) -> torch.dtype:
