@@ -1,5 +1,5 @@
 """Settings of every test."""
 
-from nextvec.cli import yield_waiting_threads
+from nextvec.process import yield_waiting_threads
 
 yield_waiting_threads()  # before torch is imported: tests share their machine

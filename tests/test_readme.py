@@ -282,6 +282,7 @@ def house_table() -> str:
         "demo",
         "bench",
         "hardware.py",
+        "process.py",
         "files.py",
         "errors.py",
         "cli",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
 
 from nextvec.errors import UserError
+from nextvec.process import keep_freed_memory, yield_waiting_threads
 
 app = typer.Typer(
     name="nextvec",
@@ -26,6 +26,7 @@ def _verbs() -> None:
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit status 2, never a traceback."""
     yield_waiting_threads()
+    keep_freed_memory()
     from nextvec.cli import commands  # noqa: F401  (registers the verbs)
 
     try:
@@ -39,13 +40,3 @@ def main() -> None:
     except OSError as error:
         print(f"nextvec: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-def yield_waiting_threads() -> None:
-    """Let OpenMP threads that wait for each other sleep early. Before torch is imported; the user's own setting wins.
-
-    By default libgomp's threads spin for milliseconds; on a machine that does something else as well they then burn the time that
-    the thread waited for needs. Measured: 20 times slower (docs/log.md). An idle machine hardly notices.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "300")

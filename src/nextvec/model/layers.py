@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.config import BackboneConfig
+from nextvec.model.attention import causal_attention
 
 
 class RMSNorm(nn.RMSNorm):
@@ -77,9 +78,12 @@ class Attention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """Attention output (B, P, D) before nothing else: softmax(q k^T / sqrt(E)) v, then the output matrix."""
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
-        )
+        if causal:
+            mixed = causal_attention(query, key, value)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, enable_gqa=self.kv_heads != self.heads
+            )
         return self.out(mixed.transpose(1, 2).flatten(-2))
 
 

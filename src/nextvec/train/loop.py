@@ -18,6 +18,7 @@ from nextvec.config import RunConfig, dump_yaml
 from nextvec.errors import ConfigError
 from nextvec.files import atomic_open
 from nextvec.hardware import choose_device
+from nextvec.process import keep_freed_memory
 from nextvec.train import checkpoint
 from nextvec.train.data import Data, open_data
 from nextvec.train.interrupt import Interrupt
@@ -60,6 +61,7 @@ def train(
     anything is written when the device, data, run directory or settings do not fit, and UserError when the loss is
     not finite; the last checkpoint is kept then, and one is never written from a state that is not finite.
     """
+    keep_freed_memory()
     out = Path(out)
     check_out(out, resume)
     place = choose_device(device)
