@@ -10,9 +10,10 @@ from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, Energy
 from nextvec.errors import ConfigError, DataError
 from nextvec.evaluate import ngrams
 from nextvec.evaluate.brier import evaluate_brier, hash_documents, plan_windows
-from nextvec.evaluate.ngrams import draw_ngrams
+from nextvec.evaluate.ngrams import Scored, draw_ngrams
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
+from nextvec.scoring.brier import brier_scores
 
 VOCAB = 7
 BACKBONE = BackboneConfig(layers=2, width=16, inner=24, heads=4, kv_heads=2)
@@ -34,15 +35,17 @@ class GreedyCalm(Calm):
 
 
 def lively(model):
-    """Weights large enough that contexts matter, in float64 so that no tie is broken by rounding."""
+    """Weights large enough that contexts matter, in float64 so that no tie is broken by rounding; no bias."""
     g = torch.Generator().manual_seed(0)
     model = model.double().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.copy_(
                     torch.randn(parameter.shape, generator=g, dtype=torch.float64) / parameter.shape[1] ** 0.5
                 )
+            elif name.endswith("bias"):
+                parameter.zero_()
         for name, parameter in model.named_parameters():
             if name.endswith("embedding.weight"):
                 parameter.mul_(4.0)
@@ -106,33 +109,80 @@ def test_chained_draws_equal_the_loop_over_positions(name, order):
     assert len(drawn.unique()) > 1 or order == 1
 
 
+def recorded(model, monkeypatch):
+    """Every call of the model's draw, as (states, tokens)."""
+    asked = []
+    draw = model.draw_tokens
+
+    def record(state, draws, g):
+        found = draw(state, draws, g)
+        asked.append((state, found))
+        return found
+
+    monkeypatch.setattr(model, "draw_tokens", record)
+    return asked
+
+
 @pytest.mark.parametrize("together", [1, 2, 3])
 @pytest.mark.parametrize("build", [token_model, lambda: calm_model(2)])
 def test_every_draw_is_conditioned_on_its_own_chain(build, together, monkeypatch):
     """With real, differing draws: each state that a draw was made from is that of its own context and chain."""
     model = build()
-    monkeypatch.setattr(ngrams, "BRANCHES", together * 2 * 3)
-    asked = []
-    draw = model.draw_tokens
-
-    def record(state, draws, g):
-        asked.append(state)
-        return draw(state, draws, g)
-
-    monkeypatch.setattr(model, "draw_tokens", record)
+    K = model.patch_size
+    monkeypatch.setattr(ngrams, "BRANCHES", together * 3 + 1)  # so many starts of one row, with their three draws
+    asked = recorded(model, monkeypatch)
     ids = torch.randint(0, VOCAB, (2, 12), generator=generator(2))
     drawn = draw_ngrams(model, ids, 3, 4, generator(3), stride=4)
-    links = 4 // model.patch_size - 1
-    groups = torch.arange(3).split(together)
+    links = 4 // K - 1
+    groups = [(row, group) for row in range(2) for group in torch.arange(3).split(together)]
     assert len(asked) == 1 + len(groups) * links
     assert len({tuple(chain.flatten().tolist()) for chain in drawn}) == 3
-    for g, group in enumerate(groups):
+    calls = iter(asked[1:])
+    for row, group in groups:
         for link in range(links):
-            states = asked[1 + g * links + link].unflatten(1, (len(group), 3))
-            for row, i, q in itertools.product(range(2), range(len(group)), range(3)):
-                chain = drawn[group[i], row, q, : (link + 1) * model.patch_size].tolist()
+            states, _ = next(calls)
+            for n, (q, s) in enumerate(itertools.product(group, range(3))):
+                chain = drawn[s, row, q, : (link + 1) * K].tolist()
                 alone = state_after(model, ids[row, : 4 * (q + 1)].tolist() + chain)
-                torch.testing.assert_close(states[row, i, q], alone, atol=1e-10, rtol=0)
+                torch.testing.assert_close(states[0, n], alone, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("branches", [6, 512])
+@pytest.mark.parametrize("build", [token_model, lambda: calm_model(2)])
+def test_a_chain_that_cannot_matter_is_not_grown(build, branches, monkeypatch):
+    """Whatever stood in the place of the tokens that were not drawn, the scores would be the same."""
+    model = build()
+    K, S = model.patch_size, 8
+    monkeypatch.setattr(ngrams, "BRANCHES", branches)
+    asked = recorded(model, monkeypatch)
+    ids = torch.randint(0, VOCAB, (3, 44), generator=generator(2))
+    target = ids[:, 4:].view(3, 10, 4)
+    valid = torch.ones_like(target, dtype=torch.bool)
+    valid[0, 8, 2:] = valid[1, 9] = False
+    drawn = draw_ngrams(model, ids[:, :-4], S, 4, generator(3), stride=4, scored=Scored(target, valid))
+    full = draw_ngrams(model, ids[:, :-4], S, 4, generator(3), stride=4)
+
+    dropped = torch.zeros_like(drawn, dtype=torch.bool)
+    for row, q, length in itertools.product(range(3), range(10), range(K, 4, K)):
+        prefixes = [tuple(drawn[s, row, q, :length].tolist()) for s in range(S)]
+        for s, prefix in enumerate(prefixes):
+            met = prefixes.count(prefix) > 1 or prefix == tuple(target[row, q, :length].tolist())
+            gone = bool(dropped[s, row, q, length - 1])
+            dropped[s, row, q, length : length + K] = gone or not met or not bool(valid[row, q, length])
+    assert 0.3 < dropped.float().mean() < 0.7
+    assert not drawn[dropped].any()
+    assert sum(tokens.numel() for _, tokens in asked) - full.numel() - S * 3 * 10 * K == (~dropped[..., K:]).sum()
+
+    flat = [x.flatten(-3, -2) for x in (drawn, target, valid)]
+    other = torch.where(dropped, torch.randint(0, VOCAB, drawn.shape, generator=generator(9)), drawn)
+    assert brier_scores(*flat).equal(brier_scores(other.flatten(1, 2), *flat[1:]))
+    assert brier_scores(*flat)[:, K:].unique().numel() > 2
+    grown = (~dropped[..., 3].permute(1, 2, 0)).nonzero().tolist()
+    for row, q, s in grown:  # to the end: each from its own chain
+        chain = drawn[s, row, q, : 4 - K].tolist()
+        alone = state_after(model, ids[row, : 4 * (q + 1)].tolist() + chain)
+        states = torch.cat([state[0] for state, _ in asked[1:] if state.shape[0] == 1])
+        assert (states - alone).abs().amax(-1).min() < 1e-10
 
 
 def test_token_draws_follow_the_exact_law_of_a_pair():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nextvec.errors import ConfigError, DataError
-from nextvec.evaluate.ngrams import check_stride, draw_ngrams, tail_terms, with_probabilities
+from nextvec.evaluate.ngrams import Scored, check_stride, draw_ngrams, tail_terms, with_probabilities
 from nextvec.evaluate.windows import (
     Batch,
     Document,
@@ -100,7 +100,8 @@ def evaluate_brier(
             )
         first = int(batch.starts[0])
         context_BT = batch.context.to(device)
-        draws_SBQn = draw_ngrams(model, context_BT, draws, order, generator, stride=stride, first=first)
+        scored = Scored(batch.target, batch.valid)
+        draws_SBQn = draw_ngrams(model, context_BT, draws, order, generator, stride=stride, first=first, scored=scored)
         target_Nn = batch.target.flatten(0, 1).to(device)
         return brier_scores(draws_SBQn.flatten(1, 2), target_Nn, valid_Nn.to(device), estimator)
 

@@ -1,12 +1,12 @@
 """N-grams that follow a context, at many positions of a text at once: draws, and probabilities where a model has them.
 
 Legend: S draws, B rows, T tokens, P patches (T = P * K), K tokens per patch, Q starts, N chains, D width, V vocabulary,
-F any further figures kept of each link of a chain.
+n order, F any further figures kept of each link of a chain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,29 @@ from nextvec.model.backbone import Trunk
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS
 from nextvec.model.interface import LanguageModel, TokenProbabilities
 
-BRANCHES = 2048  # chains grown in one pass: bounds memory, and fastest on 2 cores
+BRANCHES = 512  # chains grown in one pass: bounds memory, and fastest on 2 cores, since a pass reads no later context
 SCORES = 1 << 22  # chains in one pass times patches that each can attend to: bounds the memory of a long context
 
 Link = tuple[Tensor, ...]  # the drawn patch of each chain, and any figures kept with it
+
+
+class Scored(NamedTuple):
+    """What drawn n-grams will be held against: it says which chains cannot matter any more."""
+
+    target: Tensor  # (B, Q, n) ids
+    valid: Tensor  # (B, Q, n) bool, where an order may be scored
+
+    def matters(self, row: int, start_N: Tensor, chain_NL: Tensor) -> Tensor:
+        """(N,) bool: chains of one row, all of them that have not been dropped, that may still count at order L + 1.
+
+        `start_N` is the index of each chain's start, in ascending order.
+        """
+        L, base = chain_NL.shape[1], int(chain_NL.max()) + 1
+        right_N = (chain_NL == self.target[row, start_N, :L]).all(dim=-1)
+        group_N = start_N  # chains of a start that agree so far share a number
+        for token_N in chain_NL.T:
+            _, group_N, count = (group_N * base + token_N).unique(return_inverse=True, return_counts=True)
+        return self.valid[row, start_N, L] & (right_N | (count[group_N] > 1))
 
 
 @torch.no_grad()
@@ -33,12 +52,17 @@ def draw_ngrams(
     *,
     stride: int,
     first: int | None = None,
+    scored: Scored | None = None,
 ) -> Tensor:
     """S independent n-grams of `order` tokens after each context ids[:, :s], s = first, first + stride, .., T.
 
     Every model is asked at the same starts, whatever its patch size: `stride` is the K of the comparison. Where one
     patch is shorter than the n-gram, patches are chained, each drawn given the previous drawn one (spec 5): the model
-    reads the text once, and each further patch of each draw costs one pass over all starts together.
+    reads the text once, and each further patch of each draw costs one pass over many starts together.
+
+    With `scored` a chain is grown only as long as it can matter to a Brier score, which asks whether a draw equals the
+    target and whether two draws are equal: once a chain has parted from the target and from all other draws of its
+    start, or the next order is not valid there, its further tokens are 0. Every term keeps its law.
 
     Args: ids (B, T) int64, T a multiple of `stride`; first: the first start, default `stride` (the second patch).
     Returns (S, B, Q, order) int64. Raises ConfigError when the stride does not fit the model or the text.
@@ -60,7 +84,9 @@ def draw_ngrams(
         return (model.draw_tokens(state_BND, 1, generator)[0],), grown
 
     heads = (model.draw_tokens(state_BPD[:, at_Q], draws, generator),)
-    return _chain(heads, trunk, at_Q, order, grow)[0]
+    if scored is not None:
+        scored = Scored(*(part.to(ids_BT.device) for part in scored))
+    return _chain(heads, trunk, at_Q, order, grow, scored)[0]
 
 
 class TailTerms(NamedTuple):
@@ -121,29 +147,64 @@ def _chain(
     at_Q: Tensor,
     order: int,
     grow: Callable[[Tensor, Trunk, Tensor], tuple[Link, Trunk]],
+    scored: Scored | None = None,
 ) -> Link:
     """Chains of the first links (S, B, Q, F), grown until their patches hold `order` tokens: each part (S, B, Q, order).
 
-    grow: patches (B, N, K), what they are appended to, and the trunk position of each -> the next link, and the same
-    with them. Chains are grown in groups that fit in memory: several draws of all starts, or some starts of one draw.
+    grow: patches (1, N, K), what they are appended to, and the trunk position of each -> the next link, and the same
+    with them. Chains are grown row by row, those of neighbouring starts together, in groups that fit in memory. A start's
+    chains stay in one group: with `scored` those that parted are dropped on the way, and stay 0.
     """
     S, B, Q, K = heads_SBQF[0].shape
-    patches = trunk.layers[0][0].shape[-2]
-    room = max(1, min(BRANCHES, SCORES // patches) // B)  # chains of one row that are grown together
-    across = []
-    for starts in torch.arange(Q).split(room):
-        down = []
-        for draws in torch.arange(S).split(max(1, room // Q)):
-            at_N = at_Q[starts].repeat(len(draws))  # N: the starts of one draw, then those of the next
-            parts = [part[draws[:, None], :, starts].permute(2, 0, 1, 3).flatten(1, 2) for part in heads_SBQF]
-            links, grown = [parts], trunk
-            while K * len(links) < order:
-                link, grown = grow(links[-1][0], grown, at_N)
-                links.append(list(link))
-            chain = [torch.cat(same, dim=-1)[..., :order] for same in zip(*links, strict=True)]
-            down.append([part.unflatten(1, (len(draws), -1)).transpose(0, 1) for part in chain])
-        across.append([torch.cat(same) for same in zip(*down, strict=True)])
-    return tuple(torch.cat(same, dim=2) for same in zip(*across, strict=True))
+    whole = tuple(head.new_zeros(S, B, Q, order) for head in heads_SBQF)
+    for part, head in zip(whole, heads_SBQF, strict=True):
+        part[..., :K] = head
+    room = max(1, min(BRANCHES, SCORES // trunk.layers[0][0].shape[-2]))
+    every_N = torch.arange(S * Q, device=at_Q.device)
+    for row in range(B if order > K else 0):
+        draw_N, start_N = every_N % S, every_N // S
+        if scored is not None:
+            kept = scored.matters(row, start_N, whole[0][draw_N, row, start_N, :K])
+            draw_N, start_N = draw_N[kept], start_N[kept]
+        for group in _groups(start_N, room):
+            draw_G, start_G, length = draw_N[group], start_N[group], K
+            grown = _before(trunk, row, int(at_Q[start_G[-1]]) + 1)
+            while len(draw_G):
+                patch_1GK = whole[0][draw_G, row, start_G, length - K : length][None]
+                link, grown = grow(patch_1GK, grown, at_Q[start_G])
+                end = min(length + K, order)
+                for part, new in zip(whole, link, strict=True):
+                    part[draw_G, row, start_G, length:end] = new[0, :, : end - length]
+                length = end
+                if length == order:
+                    break
+                if scored is not None:
+                    kept = scored.matters(row, start_G, whole[0][draw_G, row, start_G, :length])
+                    draw_G, start_G, grown = draw_G[kept], start_G[kept], _only(grown, kept)
+    return whole
+
+
+def _groups(start_N: Tensor, room: int) -> Iterator[slice]:
+    """Pieces of chains sorted by start: as many whole starts as fit in `room`, at least one."""
+    begin = end = 0
+    for count in start_N.unique_consecutive(return_counts=True)[1].tolist():
+        if end > begin and end + count - begin > room:
+            yield slice(begin, end)
+            begin = end
+        end += count
+    if end > begin:
+        yield slice(begin, end)
+
+
+def _before(trunk: Trunk, row: int, patches: int) -> Trunk:
+    """The first patches of one row, all that the branches of a group can see."""
+    return Trunk([(key[row : row + 1, :, :patches], value[row : row + 1, :, :patches]) for key, value in trunk.layers])
+
+
+def _only(trunk: Trunk, kept_N: Tensor) -> Trunk:
+    """The same trunk with some of its branches."""
+    branches = tuple([(key[:, :, kept_N], value[:, :, kept_N]) for key, value in layer] for layer in trunk.branches)
+    return Trunk(trunk.layers, branches)
 
 
 def _log_of(exact: TokenProbabilities, vocabulary: int, state_BTD: Tensor, ids_BT: Tensor) -> Tensor:
@@ -161,7 +222,8 @@ def _draw(
     for state in state_BND.flatten(0, 1).split(max(1, CHUNK_ELEMENTS // vocabulary)):
         log_NV = exact.log_probabilities(state)
         p_NV = log_NV.exp()
-        token_NS = torch.multinomial(p_NV, draws, replacement=True, generator=generator)
+        # two at least: for a single draw torch takes another way, 20 times slower on a CPU
+        token_NS = torch.multinomial(p_NV, max(2, draws), replacement=True, generator=generator)[:, :draws]
         parts.append((token_NS, log_NV.gather(-1, token_NS), p_NV.square().sum(-1, keepdim=True).expand(-1, draws)))
     shape = (*state_BND.shape[:-1], draws, 1)
     return tuple(torch.cat(same).view(shape).movedim(-2, 0) for same in zip(*parts, strict=True))
