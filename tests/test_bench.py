@@ -230,7 +230,7 @@ def test_generation_of_a_trained_run(monkeypatch: pytest.MonkeyPatch, runs: Path
             sum(row["count"] * row["shapes"][0][0] for row in arm["products"] if row["shapes"][-1] == [8, VOCAB])
             for arm in found["arms"].values()
         ]
-        assert drawn[0] >= 5 * drawn[1] * 0.8 > 0  # 5 candidates decoded against 1
+        assert drawn[0] > drawn[1] > 0  # 5 candidates decoded, as far as needed, against 1
 
 
 @pytest.mark.parametrize("what", ["train", "baseline"])

@@ -27,8 +27,8 @@ class OneHot(Autoencoder):
         std[..., 15:] = 1.0
         return Posterior(mean, std.log())
 
-    def decode(self, z):
-        return z[..., :15].unflatten(-1, (3, 5))
+    def decode_tokens(self, z):
+        return z[..., :15].unflatten(-1, (3, 5)).argmax(-1)
 
 
 def generator(seed=0):

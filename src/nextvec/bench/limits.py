@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from nextvec.hardware import DTYPES, Precision, has_bf16, synchronize
 from nextvec.train.flops import count_flops
 
-NAMES = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_scaled_mm", "_addmm_activation")
+NAMES = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_scaled_mm", "_addmm_activation", "_linear_pointwise")
 ATTENTION = "_scaled_dot_product"
 SIDES = (256, 1024, 4096)  # of the square products whose rates are reported
 BURST = 2e-3  # seconds of calls of one product in one reading
@@ -41,9 +41,10 @@ class Layout:
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        return (
-            cls(tuple(value.shape), value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
-        )
+        """A packed matrix has no strides, and stays itself."""
+        if not isinstance(value, Tensor) or value.is_mkldnn:
+            return value
+        return cls(tuple(value.shape), value.stride(), value.dtype, value.device)
 
     def tensor(self) -> Tensor:
         """Normal values in this layout; zeros for integers (random states of attention)."""

@@ -160,13 +160,14 @@ def training_places(module: Any) -> list[Place]:
 def sampling_places(model: Calm | TokenLM) -> list[Place]:
     """The parts of generation and of evaluation."""
     places: list[Place] = [(model, name, BACKBONE) for name in ("states", "trunk", "branch")]
-    places += [(generate, name, TEMPERATURE) for name in ("batch_temperature", "sample_logits")]
+    places += [(generate, name, TEMPERATURE) for name in ("batch_temperature", "choose_patch", "sample_logits")]
     places += [(brier, "brier_scores", SCORES)]
     if isinstance(model, TokenLM):
         return [*places, (model, "draw_tokens", TEMPERATURE), (model, "logits", VOCABULARY)]
     decoder = model.autoencoder
-    places += [(decoder, "decode_tokens", VOCABULARY), (decoder, "decode_hidden", AUTOENCODER)]
-    return [*places, (model, "draw_latents", HEAD)]
+    decoding = ("decode_tokens", "decode_stem", "decode_place", "decode_hidden")
+    places += [(decoder, name, AUTOENCODER) for name in decoding]
+    return [*places, (decoder.vocabulary(), "argmax", VOCABULARY), (model, "draw_latents", HEAD)]
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from nextvec.config import AutoencoderConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.layers import ResidualMLP, RMSNorm
+from nextvec.model.packed import version
+from nextvec.model.vocabulary import Vocabulary
 
 
 class Posterior(NamedTuple):
@@ -50,6 +52,7 @@ class Autoencoder(nn.Module):
         self.expand = nn.Linear(width, config.patch_size * width)
         self.token_decoder = nn.ModuleList(blocks[3 * half :])
         self.decoder_norm = RMSNorm(width, eps=config.norm_eps)
+        self._vocabulary: tuple[object, Vocabulary] | None = None
 
     def encode(self, ids_NK: Tensor) -> Posterior:
         """Posterior of each patch: ids (..., K) int64 -> mean and log_std (..., L)."""
@@ -67,10 +70,7 @@ class Autoencoder(nn.Module):
 
     def decode_hidden(self, z_NL: Tensor) -> Tensor:
         """Last hidden states (..., K, D): the logits are their product with the embedding matrix."""
-        x = self.from_latent(z_NL.to(self.from_latent.weight.dtype))
-        for block in self.patch_decoder:
-            x = block(x)
-        x = self.expand(x).unflatten(-1, (self.config.patch_size, self.config.width))
+        x = self.expand(self.decode_stem(z_NL)).unflatten(-1, (self.config.patch_size, self.config.width))
         for block in self.token_decoder:
             x = block(x)
         return self.decoder_norm(x)
@@ -80,11 +80,38 @@ class Autoencoder(nn.Module):
         return F.linear(self.decode_hidden(z_NL), self.embedding.weight)
 
     def decode_tokens(self, z_NL: Tensor) -> Tensor:
-        """Most likely token at each place, (..., L) -> (..., K) int64; logits exist for one chunk of rows at a time."""
-        flat = z_NL.flatten(0, -2)
-        rows = max(1, 4 * CHUNK_ELEMENTS // (self.config.vocab_size * self.config.patch_size))
-        parts = [self.decode(chunk).argmax(-1) for chunk in flat.split(rows)]
-        return torch.cat(parts).unflatten(0, z_NL.shape[:-1])
+        """Most likely token at each place, (..., L) -> (..., K) int64: the argmax of exact logits of `decode_hidden`.
+
+        Exact also where the model is bf16, whose own logits are rounded so far that the argmax is another token in about
+        1 % of draws (docs/sampling.md). Logits exist for one chunk of rows at a time.
+        """
+        config, vocabulary = self.config, self.vocabulary()
+        rows = max(1, 4 * CHUNK_ELEMENTS // (config.patch_size * config.inner))
+        parts = [vocabulary.argmax(self.decode_hidden(z).flatten(0, -2)) for z in z_NL.flatten(0, -2).split(rows)]
+        return torch.cat(parts).view(*z_NL.shape[:-1], config.patch_size)
+
+    def decode_stem(self, z_NL: Tensor) -> Tensor:
+        """What the places of a patch share in decoding: (..., L) -> (..., D), for `decode_place`."""
+        x = self.from_latent(z_NL.to(self.from_latent.weight.dtype))
+        for block in self.patch_decoder:
+            x = block(x)
+        return x
+
+    def decode_place(self, stem_ND: Tensor, place: int) -> Tensor:
+        """`decode_tokens(z)[..., place]`, (N,), from `decode_stem(z)`, (N, D), at a K-th of the cost."""
+        rows = slice(place * self.config.width, (place + 1) * self.config.width)
+        x = F.linear(stem_ND, self.expand.weight[rows], self.expand.bias[rows])
+        for block in self.token_decoder:
+            x = block(x)
+        return self.vocabulary().argmax(self.decoder_norm(x))
+
+    def vocabulary(self) -> Vocabulary:
+        """The embedding matrix ready for `argmax`; made again after an optimiser or a load changed it."""
+        weight = self.embedding.weight
+        state = (version(weight), weight.dtype)
+        if self._vocabulary is None or self._vocabulary[0] != state:
+            self._vocabulary = (state, Vocabulary(weight))
+        return self._vocabulary[1]
 
     def loss(self, ids_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per patch: K * cross-entropy + beta * sum_i max(clip, KL_i), of one posterior draw (spec section 1).

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.config import BackboneConfig
@@ -16,27 +17,43 @@ from nextvec.model.layers import Block, RMSNorm, rotary_table
 
 
 class KVCache:
-    """Preallocated keys and values of every layer: (layers, 2, B, H_kv, capacity, E)."""
+    """Preallocated keys and values of every layer, (layers, 2, B, H_kv, capacity, E), and the rotations of all positions.
+
+    A bf16 model's cache on a CPU is float32: one query against the cache is then 2 to 6 times faster, and rounded less.
+    """
 
     def __init__(
         self, config: BackboneConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
+        wide = torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
         shape = (config.layers, 2, rows, config.key_value_heads, capacity, config.head_dim)
-        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.store = torch.zeros(shape, device=device, dtype=wide)
         self.length = 0
+        positions = torch.arange(capacity, device=device)
+        self._cos, self._sin = rotary_table(positions, config.head_dim, config.rope_base, dtype)
 
     @property
     def capacity(self) -> int:
         return self.store.shape[-2]
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, H_kv, P, E) keys and values at the end; return all that is cached for this layer."""
-        end = self.length + key.shape[-2]
+    def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the next positions. Raises ValueError when there is no room for them."""
+        end = self.length + positions
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions; got {end}: make a larger one")
-        self.store[layer, 0, :, :, self.length : end] = key
-        self.store[layer, 1, :, :, self.length : end] = value
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+        return self._cos[self.length : end], self._sin[self.length : end]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, H_kv, P, E) keys and values after those counted in `length`; return all of this layer."""
+        end = self.length + key.shape[-2]
+        keys, values = self.store[layer].unbind(0)
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows, which may repeat: finished ones leave, samples of one prompt share its prefill."""
+        self.store = self.store[:, :, rows]
 
 
 Layers = list[tuple[Tensor, Tensor]]  # rotated keys and values of every layer
@@ -64,21 +81,30 @@ class Backbone(nn.Module):
 
     def forward(self, x_BPD: Tensor, cache: KVCache | None = None) -> Tensor:
         """States of all positions; with a cache, the positions follow those cached and are appended to it."""
-        start = 0 if cache is None else cache.length
-        cos, sin = self._rotary(torch.arange(start, start + x_BPD.shape[1], device=x_BPD.device), x_BPD)
         if cache is None:
+            cos, sin = self._rotary(torch.arange(x_BPD.shape[1], device=x_BPD.device), x_BPD)
             for block in self.blocks:
                 x_BPD = block(x_BPD, cos, sin)
             return self.norm(x_BPD)
-        positions = x_BPD.shape[1]
+        start, positions = cache.length, x_BPD.shape[1]
+        cos, sin = cache.rotary(positions)
         mask = None
         if start and positions > 1:
             mask = torch.ones(positions, start + positions, dtype=torch.bool, device=x_BPD.device).tril(start)
         for layer, block in enumerate(cast("list[Block]", self.blocks)):
             query, key, value = block.attention.project(block.attention_norm(x_BPD), cos, sin)
-            key, value = cache.append(layer, key, value)
-            mixed = block.attention.attend(query, key, value, mask, causal=not start and positions > 1)
-            x_BPD = x_BPD + mixed
+            keys, values = cache.append(layer, key, value)
+            if start or positions == 1:
+                query, key, value = query.to(keys.dtype), keys, values
+            mixed_BHPE = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                mask,
+                is_causal=positions > 1 and not start,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            x_BPD = x_BPD + block.attention.out(mixed_BHPE.transpose(1, 2).flatten(-2).to(x_BPD.dtype))
             x_BPD = x_BPD + block.mlp(block.mlp_norm(x_BPD))
         cache.length += positions
         return self.norm(x_BPD)

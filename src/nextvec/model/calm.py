@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nextvec.config import CalmConfig
 from nextvec.model.autoencoder import Autoencoder, Posterior
 from nextvec.model.backbone import Backbone, KVCache, Trunk
-from nextvec.model.heads.energy import EnergyHead
+from nextvec.model.heads.energy import EnergyHead, Generators
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,11 +93,11 @@ class Calm(nn.Module):
         """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
         return self.backbone.branch(self.compressor(ids_BNK), trunk, at_N)
 
-    def draw_latents(self, state_ND: Tensor, draws: int, generator: torch.Generator | None = None) -> Tensor:
+    def draw_latents(self, state_ND: Tensor, draws: int, generator: Generators | None = None) -> Tensor:
         """S latents (S, ..., L) for states (..., D): the model's predictive distribution of the next patch."""
         return self.head.draw(state_ND, draws, generator)
 
-    def draw_tokens(self, state_ND: Tensor, draws: int, generator: torch.Generator | None = None) -> Tensor:
+    def draw_tokens(self, state_ND: Tensor, draws: int, generator: Generators | None = None) -> Tensor:
         """S patches (S, ..., K) int64: latents drawn, then decoded by the most likely token at each place."""
         return self.autoencoder.decode_tokens(self.draw_latents(state_ND, draws, generator))
 

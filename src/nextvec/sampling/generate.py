@@ -21,6 +21,8 @@ from torch import Tensor
 
 from nextvec.errors import DataError, UserError
 from nextvec.model.interface import LanguageModel
+from nextvec.model.packed import pack_linears
+from nextvec.sampling.pools import PlaceDecoder, choose_patch
 from nextvec.sampling.stream import TextStream
 from nextvec.sampling.temperature import batch_temperature, check_pool, check_temperature, condition, sample_logits
 from nextvec.text.tokenizer import Tokenizer
@@ -68,6 +70,16 @@ class HasLogits(Protocol):
     """A model with likelihoods of the next token (the baseline): its temperature needs no pool of candidates."""
 
     def logits(self, state_ND: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class HasLatents(Protocol):
+    """A model that draws latents, which a decoder turns into patches: only those that matter need be decoded."""
+
+    autoencoder: PlaceDecoder
+    patch_size: int
+
+    def draw_latents(self, state_ND: Tensor, draws: int, generator: Sequence[torch.Generator]) -> Tensor: ...
 
 
 def generate(
@@ -151,6 +163,8 @@ def _run(
     pad_id: int,
     packed: bool,
 ) -> Iterator[Step]:
+    if isinstance(model, torch.nn.Module) and not model.training:
+        pack_linears(model)
     boundary = [eos_id] + [pad_id] * (model.patch_size - 1)
     by_length: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -230,7 +244,10 @@ def _draw_patch(
     if isinstance(model, HasLogits):
         return sample_logits(model.logits(state_BD), settings.temperature, generators)[:, None]
     draws = 1 if settings.temperature == 1 and prefix is None else settings.candidates
-    # One call per row, so that a row's noise is its own; at N candidates a row fills the processor by itself.
+    if prefix is None and isinstance(model, HasLatents):
+        latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
+        decoder, size = model.autoencoder, model.patch_size
+        return choose_patch(decoder, latent_BNL, size, settings.temperature, generators).patch
     pools = [model.draw_tokens(state_BD[row], draws, each) for row, each in enumerate(generators)]
     candidates_BNK = torch.stack(pools)
     if prefix is None:

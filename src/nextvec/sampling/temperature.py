@@ -84,7 +84,7 @@ def batch_temperature(
         index_B = keep_BN.to(torch.uint8).argmax(dim=1)
     else:
         probability_BN = pool_probabilities(candidates_BNK, temperature, keep_BN)
-        index_B = _pick(probability_BN, _uniforms(generator, probability_BN))
+        index_B = pick(probability_BN, uniforms(generator, probability_BN))
     return candidates_BNK[torch.arange(len(index_B), device=index_B.device), index_B]
 
 
@@ -93,11 +93,14 @@ def pool_probabilities(candidates_BNK: Tensor, temperature: float, keep_BN: Tens
 
     float64, or float32 on a device without it. Arguments and errors as in `batch_temperature`.
     """
-    candidates = candidates_BNK.shape[1]
-    check_pool(temperature, candidates)
-    count_BN = count_equal(candidates_BNK, keep_BN)
+    check_pool(temperature, candidates_BNK.shape[1])
+    return weigh_counts(count_equal(candidates_BNK, keep_BN), temperature)
+
+
+def weigh_counts(count_BN: Tensor, temperature: float) -> Tensor:
+    """`pool_probabilities` from the copies (B, N) that each draw has in its pool, itself included; 0 for one not kept."""
     whole, _ = split_exponent(temperature)
-    log_weight = _log_weights(candidates, temperature, candidates_BNK.device)[count_BN]
+    log_weight = _log_weights(count_BN.shape[1], temperature, count_BN.device)[count_BN]
     most_B1 = count_BN.amax(dim=1, keepdim=True)
     fallback_BN = torch.where(count_BN == most_B1, 0.0, -math.inf).to(log_weight.dtype)
     return torch.where(most_B1 >= whole, log_weight, fallback_BN).softmax(dim=1)
@@ -139,7 +142,7 @@ def sample_logits(logits_BV: Tensor, temperature: float, generator: Generators) 
     """One token per row, (B,) int64, from softmax(logits / T): the baseline's temperature, where likelihoods exist."""
     check_temperature(temperature)
     probability_BV = (logits_BV.to(_wide(logits_BV.device)) / temperature).softmax(dim=-1)
-    return _pick(probability_BV, _uniforms(generator, probability_BV))
+    return pick(probability_BV, uniforms(generator, probability_BV))
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -157,7 +160,7 @@ def _log_weights(candidates: int, temperature: float, device: torch.device) -> T
     return log_weight.masked_fill(count < whole, -math.inf).to(_wide(device)).to(device)
 
 
-def _uniforms(generator: Generators, like_BN: Tensor) -> Tensor:
+def uniforms(generator: Generators, like_BN: Tensor) -> Tensor:
     """One uniform number per row, (B, 1); with one generator per row, a row's number does not depend on the others."""
     if isinstance(generator, torch.Generator):
         return torch.rand(len(like_BN), 1, generator=generator, dtype=like_BN.dtype, device=like_BN.device)
@@ -166,7 +169,7 @@ def _uniforms(generator: Generators, like_BN: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _pick(probability_BN: Tensor, uniform_B1: Tensor) -> Tensor:
+def pick(probability_BN: Tensor, uniform_B1: Tensor) -> Tensor:
     """Index (B,) drawn from each row's probabilities by inverting their cumulative sum."""
     cumulative_BN = probability_BN.cumsum(dim=1)
     return torch.searchsorted(cumulative_BN, uniform_B1 * cumulative_BN[:, -1:], right=True).squeeze(1)

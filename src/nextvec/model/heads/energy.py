@@ -5,6 +5,7 @@ Legend: S draws, N positions (any leading dimensions), D width, L latent, R nois
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from nextvec.config import EnergyHeadConfig
 
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all states, or one for each
 EPS = 1e-6  # LayerNorm epsilon of the authors' code
 
 
@@ -66,12 +68,22 @@ class EnergyHead(nn.Module):
             x = block(x, block.from_state(state))
         return self.out(F.silu(self.out_in(self.norm(x))))
 
-    def draw(self, state_ND: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-        """S independent draws, (S, ..., L), for states (..., D)."""
-        shape = (draws, *state_ND.shape[:-1], self.config.noise)
-        dtype = self.noise_in.weight.dtype
-        noise = torch.rand(shape, generator=generator, device=state_ND.device, dtype=dtype) - 0.5
-        return self.forward(state_ND.to(dtype), noise)
+    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
+        """S independent draws, (S, ..., L), for states (..., D).
+
+        One generator for all states, or one for each of (N, D), whose draws are then those it would give alone.
+        """
+        weight = self.noise_in.weight
+
+        def uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+            return torch.rand(shape, generator=generator, device=state_ND.device, dtype=weight.dtype)
+
+        if isinstance(generator, Sequence):
+            assert len(generator) == len(state_ND), "one generator per state"
+            noise = torch.stack([uniform((draws, self.config.noise), each) for each in generator], dim=1)
+        else:
+            noise = uniform((draws, *state_ND.shape[:-1], self.config.noise), generator)
+        return self.forward(state_ND.to(weight.dtype), noise - 0.5)
 
     def compile_regions(self) -> list[nn.Module]:
         return list(self.blocks)

@@ -1,0 +1,87 @@
+"""Linear layers whose bf16 weights lie in memory as the processor's matrix instructions read them.
+
+torch rearranges a bf16 matrix at every product. For a batch that is small change; for the single row of a generation step it
+is most of the time (measured: 2.3 to 3.4 times, docs/sampling.md). The arithmetic is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b of an nn.Linear, for inference on a CPU in bf16; elsewhere it is the nn.Linear.
+
+    Holds the parameters of the layer it replaces under their names, so that a state dict does not change.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed = pack(linear.weight)
+        self._packed_from = version(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or weight.dtype != x.dtype or x.device.type != "cpu":
+            return F.linear(x, weight, self.bias)
+        if version(weight) != self._packed_from:
+            self._packed, self._packed_from = pack(weight), version(weight)
+        return packed_linear(x, self._packed, self.bias)
+
+
+def version(weight: Tensor) -> tuple[int, int]:
+    """Another value after each in-place change or replacement of a parameter (but not of its `.data`)."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace, in place, each bf16 linear layer inside `module` that can be packed; does nothing where none can."""
+    if not can_pack():
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu":
+                setattr(parent, name, PackedLinear(child))
+
+
+@functools.cache
+def can_pack() -> bool:
+    """True where this torch has the packed product and the processor has bf16 instructions."""
+    return has_bf16_products() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def has_bf16_products() -> bool:
+    """True where a bf16 product is faster than a float32 one: x86 with AVX512-BF16 or AMX."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The matrix (out, in) rearranged; opaque, to be given to `packed_linear`."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b with a packed W."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _operations(x: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
+        """Operations of a packed product, a multiply-add counted as 2, for torch's counter."""
+        return 2 * math.prod(x) * int(out_shape[-1])

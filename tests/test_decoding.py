@@ -1,0 +1,173 @@
+"""Cheap decoding of many candidates against all logits in float64, on weights with near ties, duplicates and any size."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nextvec.config import AutoencoderConfig
+from nextvec.model.autoencoder import Autoencoder
+from nextvec.model.packed import PackedLinear, can_pack, has_bf16_products, pack_linears
+from nextvec.model.vocabulary import Vocabulary
+from nextvec.sampling.pools import choose_patch, count_latents
+from nextvec.sampling.temperature import batch_temperature, count_equal
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def exact(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """The slow twin: every logit in float64, the lowest id of the largest."""
+    return (x_ND.double() @ weight_VD.double().T).argmax(-1)
+
+
+def decaying(size: int, width: int, generator: torch.Generator) -> Tensor:
+    """Rows whose directions decay as those of a trained embedding do."""
+    scale = torch.linspace(0, -3, width).exp()
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    return (torch.randn(size, width, generator=generator) * scale) @ rotation
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "width"), [(5, 8), (64, 16), (300, 32), (8200, 64), (8192, 128)])
+def test_the_argmax_is_that_of_exact_logits(dtype: torch.dtype, size: int, width: int) -> None:
+    g = seeded(size)
+    for weight in (torch.randn(size, width, generator=g), decaying(size, width, g)):
+        weight = weight.to(dtype)
+        near = weight[torch.randint(size, (500,), generator=g)].float()
+        rows = torch.cat((near + 0.3 * torch.randn(500, width, generator=g), torch.randn(50, width, generator=g)))
+        rows = torch.cat((rows, 1e-3 * rows[:20], 1e3 * rows[:20], torch.zeros(2, width))).to(dtype)
+        vocabulary = Vocabulary(weight)
+        assert torch.equal(vocabulary.argmax(rows), exact(rows, weight))
+        assert torch.equal(vocabulary.argmax(rows[:1]), exact(rows[:1], weight))
+        assert vocabulary.argmax(rows[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_and_near_ties_are_settled_exactly(dtype: torch.dtype) -> None:
+    """Rows halfway between two tokens, equal tokens, and gaps far below bf16: the lowest id of the largest logit."""
+    g = seeded()
+    weight = torch.randn(8192, 128, generator=g)
+    weight[4096:] = weight[:4096]  # each token twice
+    weight[6000:] += 1e-6 * torch.randn(2192, 128, generator=g)
+    weight = weight.to(dtype)
+    rows = (weight[:200].float() + weight[200:400].float()).to(dtype)
+    rows = torch.cat((rows, weight[:100], weight[4096:4196], weight[7000:7100]))
+    found = Vocabulary(weight).argmax(rows)
+    logits = rows.double() @ weight.double().T
+    off = (logits.amax(1) - logits.gather(1, found[:, None])[:, 0]).max()
+    assert off < (1e-12 if has_bf16_products() else 1e-4)  # float64 sums differ by their order
+    if dtype == torch.bfloat16 and has_bf16_products():
+        plain = (rows @ weight.T).argmax(-1)
+        assert not torch.equal(plain, found)  # rounded logits do not settle them: the check above means something
+
+
+def autoencoder(dtype: torch.dtype, vocab: int = 300) -> Autoencoder:
+    model = Autoencoder(AutoencoderConfig(vocab_size=vocab, patch_size=3, width=16, inner=24, layers=2, latent=8))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.4, generator=seeded(len(parameter)))
+    return model.to(dtype).eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoded_tokens_are_the_argmax_of_the_logits_of_their_hidden_states(dtype: torch.dtype) -> None:
+    model, z = autoencoder(dtype), torch.randn(4, 50, 8, generator=seeded())
+    tokens = model.decode_tokens(z)
+    assert tokens.shape == (4, 50, 3)
+    assert torch.equal(tokens, exact(model.decode_hidden(z), model.embedding.weight))
+    if dtype == torch.float64:
+        assert torch.equal(tokens, model.decode(z).argmax(-1))
+        stem = model.decode_stem(z.flatten(0, 1))
+        for place in range(3):
+            assert torch.equal(model.decode_place(stem, place), tokens[..., place].flatten())
+    assert len(tokens.unique()) > 50
+
+
+def test_the_prepared_vocabulary_follows_the_weights() -> None:
+    model, z = autoencoder(torch.float32), torch.randn(50, 8, generator=seeded())
+    with torch.no_grad():
+        before = model.decode_tokens(z)
+        model.embedding.weight.add_(torch.randn(300, 16, generator=seeded(1)))
+        after = model.decode_tokens(z)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, exact(model.decode_hidden(z), model.embedding.weight))
+        model.load_state_dict(autoencoder(torch.float32).state_dict())
+        assert torch.equal(model.decode_tokens(z), before)
+
+
+def pools(rows: int, candidates: int, spread: float) -> Tensor:
+    """Latents (B, N, L) around a few centres, so that draws coincide often (small spread) or seldom."""
+    g = seeded(candidates)
+    centres = torch.randn(rows, 6, 8, generator=g, dtype=torch.float64)
+    which = torch.randint(6, (rows, candidates), generator=g)
+    noise = torch.randn(rows, candidates, 8, generator=g, dtype=torch.float64)
+    return centres.gather(1, which[..., None].expand(-1, -1, 8)) + spread * noise
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.3, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 0.5, 0.4, 1 / 3, 0.2])
+def test_a_patch_chosen_with_least_decoding_is_that_of_full_decoding(temperature: float, spread: float) -> None:
+    model, latent_BNL = autoencoder(torch.float64), pools(7, 40, spread)
+    full_BNK = model.decode_tokens(latent_BNL)
+    for seed in range(5):
+        choice = choose_patch(model, latent_BNL, 3, temperature, [seeded(100 * seed + row) for row in range(7)])
+        plain = batch_temperature(full_BNK, temperature, [seeded(100 * seed + row) for row in range(7)])
+        assert torch.equal(choice.patch, plain)
+    if temperature < 1:
+        assert torch.equal(choice.copies, count_equal(full_BNK))
+
+
+@torch.inference_mode()
+def test_only_draws_that_agree_so_far_are_decoded_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latent_BNL = autoencoder(torch.float64), pools(3, 60, 0.5)
+    full_BNK = model.decode_tokens(latent_BNL)
+    decoded: list[int] = []
+    original = model.decode_place
+
+    def watched(stem_ND: Tensor, place: int) -> Tensor:
+        decoded.append(len(stem_ND))
+        return original(stem_ND, place)
+
+    monkeypatch.setattr(model, "decode_place", watched)
+    copies, tokens = count_latents(model, latent_BNL, 3)
+    assert torch.equal(copies, count_equal(full_BNK))
+    agree = [int((count_equal(full_BNK[..., :place]) > 1).sum()) for place in (1, 2)]
+    assert decoded == [180, *agree]
+    assert agree[1] < agree[0] < 180
+    known = tokens >= 0
+    assert torch.equal(tokens[known], full_BNK[known])
+    assert int(known.sum()) == sum(decoded)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 200])
+def test_packed_layers_give_the_same_bits(rows: int) -> None:
+    net = nn.Sequential(nn.Linear(96, 160), nn.SiLU(), nn.Linear(160, 33, bias=False)).bfloat16()
+    twin = copy.deepcopy(net)
+    pack_linears(net)
+    packed = PackedLinear if can_pack() else nn.Linear
+    assert [type(layer) for layer in net] == [packed, nn.SiLU, packed]
+    assert net.state_dict().keys() == twin.state_dict().keys()
+    x = torch.randn(rows, 96, generator=seeded()).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(net(x), twin(x))
+    with torch.no_grad():
+        for each in (net, twin):
+            each[0].weight.mul_(-2)
+    with torch.inference_mode():
+        assert torch.equal(net(x), twin(x))  # packed again after a change
+    net(x).sum().backward()  # with gradients it is the plain layer
+    assert net[0].weight.grad is not None
+
+
+def test_layers_that_cannot_be_packed_stay() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    pack_linears(net)
+    assert type(net[0]) is nn.Linear
