@@ -268,6 +268,7 @@ def house_table() -> str:
     """The README's table of the house: each file with the first line of its docstring, folders in the order of the data."""
     order = [
         "config.py",
+        "settings.py",
         "presets.py",
         "text",
         "model",

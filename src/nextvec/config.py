@@ -5,50 +5,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from nextvec import settings
 from nextvec.errors import ConfigError
+from nextvec.settings import CHOICE, Count, Positive, Rate, Seed
+from nextvec.settings import Config as Config
+from nextvec.settings import dump_yaml as dump_yaml
+from nextvec.settings import load_yaml as load_yaml
+from nextvec.settings import unknown_key as unknown_key
+from nextvec.settings import unknown_name as unknown_name
 
 FORMAT = 1  # version of config.yaml in a run directory; a newer one is refused with one sentence
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 R = TypeVar("R", bound="ModelRun")
-
-
-class Config(BaseModel):
-    """Base of all settings: frozen, unknown keys refused with the nearest known name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(unknown_key(str(key), list(cls.model_fields)))
-        return data
-
-    @classmethod
-    def parse(cls, data: dict[str, Any], source: str = "config") -> Self:
-        """Validate a plain dict (from YAML or JSON). Raises ConfigError in one sentence."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError(f"{source}: {_sentence(error)}") from None
-
-    def override(self, **changes: Any) -> Self:
-        """A validated copy with some fields changed."""
-        return type(self).parse({**self.model_dump(), **changes}, type(self).__name__)
 
 
 class AutoencoderConfig(Config):
@@ -118,13 +91,95 @@ class EnergyHeadConfig(Config):
     blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
 
 
+class FlowHeadConfig(Config):
+    """Flow-matching head: a velocity field, integrated from noise to a latent (spec 3)."""
+
+    kind: Literal["flow"] = "flow"
+    blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
+    teacher_draws: Positive = 8  # per position in training, each with a time and a noise of its own [C]
+    solver: str = "midpoint"  # of SOLVERS["flow"] [C]
+    steps: Positive = 10  # solver steps per draw; midpoint and heun evaluate the network twice in each [C]
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        check_solver(self.kind, self.solver, self.steps)
+        return self
+
+    @property
+    def evaluations(self) -> int:
+        """Network passes per draw."""
+        return self.steps if self.solver == "euler" else 2 * self.steps
+
+
+class DiffusionHeadConfig(Config):
+    """Diffusion head: predicts the noise and a variance at TIMES steps of the cosine schedule (spec 3)."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
+    teacher_draws: Positive = 8  # per position in training, each with a step and a noise of its own [C]
+    solver: str = "ddpm"  # of SOLVERS["diffusion"] [C]
+    steps: Positive = 100  # solver steps per draw, one network pass each [C]
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        check_solver(self.kind, self.solver, self.steps)
+        return self
+
+    @property
+    def evaluations(self) -> int:
+        """Network passes per draw."""
+        return self.steps
+
+
+class AutoregressiveHeadConfig(Config):
+    """A causal decoder over the K tokens of the next patch, given the state: tokens with likelihoods, no latent [D]."""
+
+    kind: Literal["autoregressive"] = "autoregressive"
+    blocks: Positive = 1  # Transformer blocks of the backbone's width, inner width and heads
+
+
+HeadKind: TypeAlias = EnergyHeadConfig | FlowHeadConfig | DiffusionHeadConfig | AutoregressiveHeadConfig
+HEADS: dict[str, type[HeadKind]] = {
+    "energy": EnergyHeadConfig,
+    "flow": FlowHeadConfig,
+    "diffusion": DiffusionHeadConfig,
+    "autoregressive": AutoregressiveHeadConfig,
+}
+SOLVERS = {"flow": ("midpoint", "heun", "euler"), "diffusion": ("ddpm", "ddim", "dpm++")}
+TIMES = 1000  # times that the flow and diffusion heads tell apart [C]
+
+
+def check_solver(head: str, solver: str, steps: int) -> None:
+    """Raises ValueError in one sentence for a solver that the head does not know, or more steps than there are times."""
+    if solver not in SOLVERS[head]:
+        raise ValueError(f"the {head} head knows the solvers {', '.join(SOLVERS[head])}; got {solver!r}")
+    if steps > TIMES:
+        raise ValueError(f"steps must be at most {TIMES}, the times of the {head} head's schedule; got {steps}")
+
+
+def _head_kind(data: Any) -> str:
+    kind = data.get("kind", "energy") if isinstance(data, Mapping) else getattr(data, "kind", "energy")
+    return f"{CHOICE}{kind}"
+
+
+HeadConfig: TypeAlias = Annotated[
+    Annotated[EnergyHeadConfig, Tag(f"{CHOICE}energy")]
+    | Annotated[FlowHeadConfig, Tag(f"{CHOICE}flow")]
+    | Annotated[DiffusionHeadConfig, Tag(f"{CHOICE}diffusion")]
+    | Annotated[AutoregressiveHeadConfig, Tag(f"{CHOICE}autoregressive")],
+    Discriminator(
+        _head_kind, custom_error_type="head_kind", custom_error_message=f"kind must be one of {', '.join(HEADS)}"
+    ),
+]
+
+
 class CalmConfig(Config):
     """The whole model: frozen autoencoder, input compressor, backbone, head."""
 
     kind: Literal["calm"] = "calm"
     autoencoder: AutoencoderConfig
     backbone: BackboneConfig
-    head: EnergyHeadConfig = EnergyHeadConfig()
+    head: HeadConfig = EnergyHeadConfig()
 
     @property
     def patch_size(self) -> int:
@@ -133,6 +188,16 @@ class CalmConfig(Config):
     @property
     def vocab_size(self) -> int:
         return self.autoencoder.vocab_size
+
+    def with_solver(self, solver: str | None, steps: int | None) -> Self:
+        """The same model with another solver or number of steps; None keeps its own. Raises ConfigError."""
+        if solver is None and steps is None:
+            return self
+        if not isinstance(self.head, FlowHeadConfig | DiffusionHeadConfig):
+            raise ConfigError(f"the {self.head.kind} head draws without a solver: leave out solver and steps")
+        given = {"solver": solver, "steps": steps}
+        changed = {**self.head.model_dump(), **{name: value for name, value in given.items() if value is not None}}
+        return self.model_copy(update={"head": type(self.head).parse(changed, "head")})
 
 
 class TokenLMConfig(Config):
@@ -239,8 +304,22 @@ class AutoencoderRun(RunConfig):
 class CalmRun(RunConfig):
     kind: Literal["calm"] = "calm"
     model: CalmConfig
-    energy: EnergySettings = EnergySettings()
+    energy: EnergySettings = EnergySettings()  # used by the energy head
     recipe: RecipeSettings = RecipeSettings()
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.model.head.kind != "energy" and self.energy != EnergySettings():
+            raise ValueError(
+                f"energy is for the energy head, and model.head.kind is {self.model.head.kind}: leave it out"
+            )
+        return self
+
+    @property
+    def draws(self) -> int:
+        """S: draws per position in training, the model's or (flow, diffusion) the teacher's; 1 where nothing is drawn."""
+        head = self.model.head
+        return self.energy.draws if head.kind == "energy" else getattr(head, "teacher_draws", 1)
 
 
 class TokenLMRun(RunConfig):
@@ -254,7 +333,9 @@ class ImportSettings(Config):
     source: str  # directory or hub id, as given
     revision: str | None = None  # commit on the hub
     autoencoder: str | None = None  # directory or hub id that replaced the autoencoder of `source`
-    settings: dict[str, Any] = {}  # keys of the published config.json that `model` has no place for
+    settings: dict[str, Any] = Field(
+        default_factory=dict
+    )  # keys of the published config.json that `model` has no place for
 
 
 class ImportedRun(ModelRun):
@@ -289,6 +370,20 @@ def parse_any_run(data: Any, source: str) -> ModelRun:
     return parse_run(data, source)
 
 
+def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`settings.apply_overrides`; a new `model.head.kind` leaves behind what only other heads have settings for."""
+    for item in overrides:
+        key, _, kind = item.partition("=")
+        if key == "model.head.kind" and kind in HEADS:
+            model = data.get("model")
+            head = model.get("head") if isinstance(model, dict) else None
+            if isinstance(model, dict) and isinstance(head, dict):
+                foreign = {name for of in HEADS.values() for name in of.model_fields} - HEADS[kind].model_fields.keys()
+                kept = {name: value for name, value in head.items() if name not in foreign}
+                data = {**data, "model": {**model, "head": kept}}
+    return settings.apply_overrides(data, overrides)
+
+
 def _parse_kind(data: Any, source: str, kinds: Mapping[str, type[R]]) -> R:
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping of settings, got {type(data).__name__}")
@@ -299,75 +394,3 @@ def _parse_kind(data: Any, source: str, kinds: Mapping[str, type[R]]) -> R:
     if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"{source}: kind must be one of {', '.join(kinds)}; got {kind!r}")
     return kinds[kind].parse(data, source)
-
-
-def load_yaml(path: Path) -> Any:
-    """Read a YAML file. Raises ConfigError in one sentence when missing or malformed."""
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config file {path} cannot be read: {reason}") from None
-
-
-def dump_yaml(config: Config) -> str:
-    """Settings as YAML text, in field order."""
-    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-
-
-def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a copy of `data` with dotted `key.sub=value` overrides; values are read as YAML."""
-    result: dict[str, Any] = {k: (dict(v) if isinstance(v, dict) else v) for k, v in data.items()}
-    for item in overrides:
-        key, separator, value = item.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"an override is written key=value, for instance optim.lr=1e-3; got {item!r}")
-        *parents, leaf = key.split(".")
-        node = result
-        for parent in parents:
-            child = node.get(parent)
-            child = dict(child) if isinstance(child, dict) else {}
-            node[parent] = child
-            node = child
-        node[leaf] = _yaml_value(key, value)
-    return result
-
-
-def unknown_key(key: str, known: list[str]) -> str:
-    """One sentence for an unknown key, with the nearest known name."""
-    return unknown_name("key", key, known)
-
-
-def unknown_name(what: str, name: str, known: list[str]) -> str:
-    """One sentence for an unknown `what`, with the nearest known name."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known {what}s are {', '.join(known)}"
-    return f"unknown {what} {name!r}{hint}"
-
-
-def _yaml_value(key: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: the value {text!r} cannot be read; quote text that YAML would take apart") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _sentence(error: ValidationError) -> str:
-    parts = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "missing":
-            message = "is required"
-        elif item["type"] != "value_error":
-            message = f"{message}; got {item['input']!r}"
-        parts.append(f"{where}: {message}" if where else message)
-    return "; ".join(parts)

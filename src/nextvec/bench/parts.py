@@ -24,6 +24,7 @@ from nextvec.evaluate import brier
 from nextvec.hardware import synchronize
 from nextvec.model import autoencoder as autoencoder_module
 from nextvec.model.calm import Calm
+from nextvec.model.heads import energy
 from nextvec.model.token_lm import TokenLM
 from nextvec.sampling import generate
 from nextvec.train import objectives
@@ -32,7 +33,7 @@ BACKBONE, HEAD, ENERGY, AUTOENCODER, VOCABULARY = "backbone", "head", "energy lo
 TEMPERATURE, SCORES = "temperature", "scores"
 MEANING = {
     BACKBONE: "input compressor and Transformer blocks",
-    HEAD: "all draws of the generative head, its noise included",
+    HEAD: "all draws of the generative head, its noise included; of other heads than the energy head their loss too",
     ENERGY: "energy score of the draws, teacher draws included where there are any",
     AUTOENCODER: "patch encoder and decoder without vocabulary products; the frozen one whole",
     VOCABULARY: "embedding of input ids, its gradient, and products with a vocabulary matrix with their cross-entropy",
@@ -144,16 +145,18 @@ def training_places(module: Any) -> list[Place]:
     if isinstance(module, objectives.TokenLMTraining | plain.TokenLMTraining):
         loss = (objectives, "linear_cross_entropy") if ours else (plain, "vocabulary_loss")
         return [(model, "states", BACKBONE), (model.embedding, "forward", VOCABULARY), (*loss, VOCABULARY)]
-    loss = (objectives, "energy_score_loss") if ours else (plain, "energy_score")
     places = [
         (model, "states", BACKBONE),
         (model.compressor.embedding, "forward", VOCABULARY),
         (model, "teacher", AUTOENCODER),
-        (model, "draw_latents", HEAD),
-        (*loss, ENERGY),
     ]
     if not ours:
+        places += [(model, "draw_latents", HEAD), (plain, "energy_score", ENERGY)]
         places += [(plain, "head_noise", HEAD), (plain, "teacher_noise", ENERGY)]
+    elif isinstance(model.head, energy.EnergyHead):
+        places += [(model.head, "draw", HEAD), (energy, "energy_score_loss", ENERGY)]
+    else:
+        places += [(model.head, "loss", HEAD)]
     return places if module.auxiliary is None else [*places, (module.auxiliary, "forward", VOCABULARY)]
 
 
@@ -167,7 +170,7 @@ def sampling_places(model: Calm | TokenLM) -> list[Place]:
     decoder = model.autoencoder
     decoding = ("decode_tokens", "decode_stem", "decode_place", "decode_hidden")
     places += [(decoder, name, AUTOENCODER) for name in decoding]
-    return [*places, (decoder.vocabulary(), "argmax", VOCABULARY), (model, "draw_latents", HEAD)]
+    return [*places, (decoder.vocabulary(), "argmax", VOCABULARY), (model.head, "draw", HEAD)]
 
 
 @contextmanager

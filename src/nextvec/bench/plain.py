@@ -89,9 +89,7 @@ class CalmTraining(nn.Module):
     def forward(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
         ids_BPK = ids_BT.unflatten(1, (-1, self.config.model.patch_size))
         config, like = self.config, self.model.head.out.weight
-        noise_SBPR = head_noise(
-            (config.energy.draws, *ids_BPK[:, 1:, 0].shape, config.model.head.noise), like, generator
-        )
+        noise_SBPR = head_noise((config.energy.draws, *ids_BPK[:, 1:, 0].shape, self.model.noise), like, generator)
         latent = config.model.autoencoder.latent
         eps_MBPL = teacher_noise((config.energy.teacher_draws, *ids_BPK[:, 1:, 0].shape, latent), like, generator)
         return self.loss(ids_BPK, noise_SBPR, eps_MBPL), {}

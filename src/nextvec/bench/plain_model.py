@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
+from nextvec.errors import ConfigError
 
 LAYER_NORM_EPS = 1e-6
 
@@ -202,7 +203,12 @@ class Calm(nn.Module):
     def __init__(self, config: CalmConfig) -> None:
         super().__init__()
         self.config = config
+        if not isinstance(config.head, EnergyHeadConfig):
+            raise ConfigError(
+                f"the plain arm has the energy head alone, and this model the {config.head.kind} head: --no-plain"
+            )
         width = config.backbone.width
+        self.noise = config.head.noise
         self.compressor = Compressor(config.vocab_size, config.patch_size, width)
         self.backbone = Backbone(config.backbone)
         self.head = EnergyHead(config.head, width, config.autoencoder.latent)

@@ -142,13 +142,15 @@ def calm_cost(
     sampling; N of the batch temperature sampler); `auxiliary`: count the cross-entropy of the `fast` recipe in training.
     """
     K, D, V = config.patch_size, config.backbone.width, config.vocab_size
+    head_config = config.head
+    assert isinstance(head_config, EnergyHeadConfig)
     attention, mlp = _backbone(config.backbone, context)
     compressor = 2 * (K * D * 2 * D + 2 * D * D)
     encoder, decoder = _autoencoder(config.autoencoder)
     logits = 2 * K * V * config.autoencoder.width
 
     def inference(split: bool) -> Parts:
-        once, per_draw = _energy_head(config.head, D, config.autoencoder.latent, split)
+        once, per_draw = _energy_head(head_config, D, config.autoencoder.latent, split)
         return Parts(
             compressor=compressor,
             attention=attention,
@@ -159,7 +161,7 @@ def calm_cost(
         ).scaled(1 / K)
 
     def training(split: bool) -> Parts:
-        once, per_draw = _energy_head(config.head, D, config.autoencoder.latent, split)
+        once, per_draw = _energy_head(head_config, D, config.autoencoder.latent, split)
         return Parts(
             compressor=TRAINED * compressor,
             attention=TRAINED * attention,
@@ -173,7 +175,7 @@ def calm_cost(
         config.backbone,
         embedding=V * D,
         compressor=(K + 1) * 2 * D * D + 3 * D + 2 * D,  # two linears with biases, LayerNorm
-        head=_energy_head_parameters(config.head, D, config.autoencoder.latent),
+        head=_energy_head_parameters(head_config, D, config.autoencoder.latent),
         autoencoder=_autoencoder_parameters(config.autoencoder),
     )
     return Cost(

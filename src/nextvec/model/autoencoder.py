@@ -8,8 +8,6 @@ Legend: N patches (any leading dimensions), K tokens per patch, D width d, L lat
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,19 +16,9 @@ from nextvec.config import AutoencoderConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.layers import ResidualMLP, RMSNorm
 from nextvec.model.packed import version
+from nextvec.model.posterior import Posterior as Posterior
+from nextvec.model.posterior import gaussian_kl as gaussian_kl
 from nextvec.model.vocabulary import Vocabulary
-
-
-class Posterior(NamedTuple):
-    """The teacher: a diagonal normal over latents, both (..., L) in float32 (float64 for a float64 model)."""
-
-    mean: Tensor
-    log_std: Tensor
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw mean + std * eps, (..., L)."""
-        eps = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.log_std.exp() * eps
 
 
 class Autoencoder(nn.Module):
@@ -143,12 +131,6 @@ class Autoencoder(nn.Module):
     def compile_regions(self) -> list[nn.Module]:
         """The repeated blocks, for regional compilation."""
         return [*self.token_encoder, *self.patch_encoder, *self.patch_decoder, *self.token_decoder]
-
-
-def gaussian_kl(posterior: Posterior) -> Tensor:
-    """KL(N(mean, std^2) || N(0, 1)) per dimension in nats, (..., L)."""
-    mean, log_std = posterior
-    return 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0 - 2.0 * log_std)
 
 
 def _bernoulli(shape: torch.Size, rate: float, device: torch.device, generator: torch.Generator | None) -> Tensor:

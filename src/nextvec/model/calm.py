@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nextvec.config import CalmConfig
 from nextvec.model.autoencoder import Autoencoder, Posterior
 from nextvec.model.backbone import Backbone, KVCache, Trunk
-from nextvec.model.heads.energy import EnergyHead, Generators
+from nextvec.model.heads import build_head
+from nextvec.model.heads.interface import Generators, Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +56,7 @@ class Calm(nn.Module):
         self.packed = False  # trained on packed documents, where no patch is padded
         self.compressor = Compressor(config.vocab_size, config.patch_size, width)
         self.backbone = Backbone(config.backbone)
-        self.head = EnergyHead(config.head, width, config.autoencoder.latent)
+        self.head = build_head(config)
         self.autoencoder = autoencoder if autoencoder is not None else Autoencoder(config.autoencoder)
         if self.autoencoder.config != config.autoencoder:
             raise ValueError("the autoencoder given has another configuration than config.autoencoder")
@@ -93,18 +94,36 @@ class Calm(nn.Module):
         """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
         return self.backbone.branch(self.compressor(ids_BNK), trunk, at_N)
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether the head draws latents, which the autoencoder decodes; else it draws tokens, and `draw_latents` fails."""
+        return self.head.latents
+
     def draw_latents(self, state_ND: Tensor, draws: int, generator: Generators | None = None) -> Tensor:
         """S latents (S, ..., L) for states (..., D): the model's predictive distribution of the next patch."""
+        assert self.has_latents, "a head of tokens has no latent"
         return self.head.draw(state_ND, draws, generator)
 
     def draw_tokens(self, state_ND: Tensor, draws: int, generator: Generators | None = None) -> Tensor:
-        """S patches (S, ..., K) int64: latents drawn, then decoded by the most likely token at each place."""
+        """S patches (S, ..., K) int64: latents drawn, then decoded by the most likely token at each place.
+
+        A head of tokens draws them itself.
+        """
+        if not self.has_latents:
+            return self.head.draw(state_ND, draws, generator)
         return self.autoencoder.decode_tokens(self.draw_latents(state_ND, draws, generator))
 
     @torch.no_grad()
     def teacher(self, ids_NK: Tensor) -> Posterior:
         """The frozen autoencoder's posterior of the target patches: the distribution that the head learns."""
         return self.autoencoder.encode(ids_NK)
+
+    def loss(
+        self, state_ND: Tensor, target_NK: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Metrics]:
+        """The head's mean loss of states (..., D) against the patches (..., K) that follow them, and detached figures."""
+        target: Any = self.teacher(target_NK) if self.has_latents else target_NK
+        return self.head.loss(state_ND, target, generator)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode; the frozen autoencoder stays in evaluation mode."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from nextvec.config import Config, Count
 from nextvec.errors import ConfigError, DataError
 from nextvec.files import read_json, sha256, write_json
+from nextvec.settings import Config, Count
 from nextvec.text.shards import ShardRecord, Split
 
 STATE = "prepare.json"

@@ -1,6 +1,6 @@
 """What is minimised, for each kind of run, as one module whose forward is the loss (so that DDP and accelerate can wrap it).
 
-Legend: B rows, T tokens per row, P patches, K tokens per patch, D width, S draws.
+Legend: B rows, T tokens per row, P patches, K tokens per patch, D width.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from nextvec.errors import ConfigError
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.cross_entropy import linear_cross_entropy
+from nextvec.model.heads.energy import EnergyHead
+from nextvec.model.heads.interface import Metrics
 from nextvec.model.init import initialise
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import save_run
-from nextvec.scoring.energy import energy_score_loss
 from nextvec.text.tokenizer import Tokenizer
 from nextvec.train.auxiliary import NextPatchTokens, auxiliary_scale
 
-Metrics = dict[str, Tensor]
 INIT_GAIN = 0.8  # standard deviation of fresh matrices times sqrt(width); 0.058 at width 192 (docs/log.md)
 
 
@@ -43,12 +43,13 @@ class AutoencoderTraining(nn.Module):
 
 
 class CalmTraining(nn.Module):
-    """Energy loss of patches 2..P given the patches before; recipe `fast` adds the auxiliary cross-entropy."""
+    """The head's loss of patches 2..P given the patches before; recipe `fast` adds the auxiliary cross-entropy."""
 
     def __init__(self, model: Calm, energy: EnergySettings, recipe: RecipeSettings) -> None:
         super().__init__()
         self.model = model
-        self.energy = energy
+        if isinstance(model.head, EnergyHead):
+            model.head.score = energy
         self.recipe = recipe
         width = model.config.backbone.width
         self.auxiliary = NextPatchTokens(model.vocab_size, model.patch_size, width) if recipe.name == "fast" else None
@@ -56,7 +57,7 @@ class CalmTraining(nn.Module):
     def forward(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
         ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
         state_BPD, target_BPK = self.model.states(ids_BPK[:, :-1]), ids_BPK[:, 1:]
-        loss, metrics = self.energy_terms(state_BPD, target_BPK, generator)
+        loss, metrics = self.model.loss(state_BPD, target_BPK, generator)
         if self.auxiliary is not None:
             scale = self.recipe.auxiliary_weight * auxiliary_scale(progress, self.recipe.auxiliary_until)
             if scale > 0.0:
@@ -64,20 +65,6 @@ class CalmTraining(nn.Module):
                 loss = loss + scale * auxiliary
                 metrics["auxiliary"] = auxiliary.detach()
         return loss, metrics
-
-    def energy_terms(
-        self, state_BPD: Tensor, target_BPK: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Metrics]:
-        """Mean energy loss, and its two terms apart (a plateau shows in them, spec section 8)."""
-        teacher = self.model.teacher(target_BPK)
-        draws_SBPL = self.model.draw_latents(state_BPD, self.energy.draws, generator)
-        score = energy_score_loss(draws_SBPL, teacher.mean, teacher.log_std, self.energy, generator)
-        metrics = {
-            "energy": score.loss.detach().mean(),
-            "fidelity": score.fidelity.detach().mean(),
-            "diversity": score.diversity.detach().mean(),
-        }
-        return score.loss.mean(), metrics
 
 
 class TokenLMTraining(nn.Module):
@@ -140,7 +127,7 @@ class Objective:
         for ids_BT in batches:
             _, metrics = self.loss(ids_BT, generator, 0.0)
             if isinstance(self.model, Calm):
-                metrics["conditioning_gap"] = self._conditioning_gap(ids_BT, metrics["energy"], generator)
+                metrics["conditioning_gap"] = self._conditioning_gap(ids_BT, metrics, generator)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             count += 1
@@ -165,16 +152,14 @@ class Objective:
         keep = ("brier", "brier_stderr", "brier_lm", "brier_lm_stderr")
         return {name: value for name, value in found.to_dict().items() if name in keep}
 
-    def _conditioning_gap(self, ids_BT: Tensor, energy: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Energy loss with states moved to other positions minus the true one: 0 while the head ignores its state."""
+    def _conditioning_gap(self, ids_BT: Tensor, metrics: Metrics, generator: torch.Generator | None) -> Tensor:
+        """The head's loss with states moved to other positions minus the true one: 0 while it ignores its state."""
         assert isinstance(self.model, Calm)
         ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
         state = self.model.states(ids_BPK[:, :-1])
         moved = state.flatten(0, 1).roll(state.shape[1] // 2 + 1, 0).view_as(state)
-        module = getattr(self.module, "module", self.module)
-        assert isinstance(module, CalmTraining)
-        _, metrics = module.energy_terms(moved, ids_BPK[:, 1:], generator)
-        return metrics["energy"] - energy
+        loss, _ = self.model.loss(moved, ids_BPK[:, 1:], generator)
+        return loss - metrics[self.model.head.objective]
 
     def save(self, path: Path, trained: Mapping[str, Any]) -> None:
         """Write the run directory's model files and card, without training-only parts."""

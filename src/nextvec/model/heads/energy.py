@@ -5,16 +5,17 @@ Legend: S draws, N positions (any leading dimensions), D width, L latent, R nois
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextvec.config import EnergyHeadConfig
+from nextvec.config import EnergyHeadConfig, EnergySettings
+from nextvec.model.heads.interface import Generators, Metrics, noise
+from nextvec.model.posterior import Posterior
+from nextvec.scoring.energy import energy_score_loss
 
-Generators = torch.Generator | Sequence[torch.Generator]  # one for all states, or one for each
 EPS = 1e-6  # LayerNorm epsilon of the authors' code
 
 
@@ -44,9 +45,13 @@ class EnergyBlock(nn.Module):
 class EnergyHead(nn.Module):
     """Draws latents from an implicit distribution given the state."""
 
+    latents: ClassVar[bool] = True
+    objective: ClassVar[str] = "energy"
+
     def __init__(self, config: EnergyHeadConfig, width: int, latent: int) -> None:
         super().__init__()
         self.config = config
+        self.score = EnergySettings()  # of the loss; they are the training run's, not the model's
         self.noise_in = nn.Linear(config.noise, width)
         self.noise_norm = nn.LayerNorm(width, eps=EPS)
         self.state_in = nn.Linear(width, width)
@@ -68,22 +73,22 @@ class EnergyHead(nn.Module):
             x = block(x, block.from_state(state))
         return self.out(F.silu(self.out_in(self.norm(x))))
 
+    def loss(self, state_ND: Tensor, target: Posterior, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+        """Mean energy loss of S draws against the posterior, and its two terms apart (a plateau shows in them, spec 8)."""
+        draws_SNL = self.draw(state_ND, self.score.draws, generator)
+        score = energy_score_loss(draws_SNL, target.mean, target.log_std, self.score, generator)
+        metrics = {
+            "energy": score.loss.detach().mean(),
+            "fidelity": score.fidelity.detach().mean(),
+            "diversity": score.diversity.detach().mean(),
+        }
+        return score.loss.mean(), metrics
+
     def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
-        """S independent draws, (S, ..., L), for states (..., D).
-
-        One generator for all states, or one for each of (N, D), whose draws are then those it would give alone.
-        """
-        weight = self.noise_in.weight
-
-        def uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-            return torch.rand(shape, generator=generator, device=state_ND.device, dtype=weight.dtype)
-
-        if isinstance(generator, Sequence):
-            assert len(generator) == len(state_ND), "one generator per state"
-            noise = torch.stack([uniform((draws, self.config.noise), each) for each in generator], dim=1)
-        else:
-            noise = uniform((draws, *state_ND.shape[:-1], self.config.noise), generator)
-        return self.forward(state_ND.to(weight.dtype), noise - 0.5)
+        """S independent draws, (S, ..., L), for states (..., D); see `Head.draw`."""
+        dtype = self.noise_in.weight.dtype
+        uniform = noise("uniform", state_ND, draws, self.config.noise, generator, dtype)
+        return self.forward(state_ND.to(dtype), uniform - 0.5)
 
     def compile_regions(self) -> list[nn.Module]:
         return list(self.blocks)

@@ -1,0 +1,64 @@
+"""What the rest of the code needs of a head, and the noise that heads draw from.
+
+Legend: S draws, N positions (any leading dimensions), D width, L latent, K tokens per patch, R noise dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all states, or one for each
+Metrics = dict[str, Tensor]
+
+
+class Head(Protocol):
+    """Draws the next patch given the backbone's state, and says how badly its draws fit the true one.
+
+    A head of latents learns from the autoencoder's posterior and draws latents, which the autoencoder decodes. A head of
+    tokens learns from the patch itself and draws patches.
+    """
+
+    latents: ClassVar[bool]
+    objective: ClassVar[str]  # name of the metric that is the loss itself
+
+    def loss(self, state_ND: Tensor, target: Any, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+        """Mean loss of the states (..., D), and detached figures, `objective` among them.
+
+        target: the `Posterior` (..., L) for a head of latents, the ids (..., K) int64 for a head of tokens.
+        """
+        ...
+
+    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
+        """S independent draws for states (..., D): latents (S, ..., L), or patches (S, ..., K) int64.
+
+        One generator for all states, or one for each of (N, D), whose draws are then those it would give alone.
+        """
+        ...
+
+    def compile_regions(self) -> list[nn.Module]:
+        """The repeated blocks, for regional compilation."""
+        ...
+
+
+def noise(
+    law: Literal["uniform", "normal"],
+    like_ND: Tensor,
+    draws: int,
+    size: int,
+    generator: Generators | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Random numbers (S, ..., R) for states (..., D): uniform on [0, 1), or standard normal."""
+    fill = torch.rand if law == "uniform" else torch.randn
+
+    def values(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        return fill(shape, generator=generator, device=like_ND.device, dtype=dtype)
+
+    if isinstance(generator, Sequence):
+        assert len(generator) == len(like_ND), "one generator per state"
+        return torch.stack([values((draws, size), each) for each in generator], dim=1)
+    return values((draws, *like_ND.shape[:-1], size), generator)
