@@ -304,6 +304,15 @@ def test_a_non_positive_order_has_no_brier_lm_and_says_so():
     assert "BrierLM  none: Brier-3 is +0.00000, Brier-4 is -0.05000, and a geometric mean needs" in str(result)
 
 
+def test_small_figures_keep_two_digits():
+    values = torch.tensor([[0.4, 2e-5, 2e-5, -3.5e-7], [0.2, 0.0, 2e-5, -3.5e-7]]).repeat(50, 1)
+    shown = str(summarise(values, torch.ones_like(values, dtype=torch.bool), torch.arange(100), PROTOCOL)).splitlines()
+    assert shown[0].startswith("Brier-1  +0.30000 ± 0.01005  (100")
+    assert shown[1].startswith("Brier-2  +1.0e-05 ± 1.0e-06  (100")
+    assert shown[2].startswith("Brier-3  +2.0e-05 ± ")
+    assert "Brier-4 is -3.5e-07, and a geometric mean needs" in shown[4]
+
+
 def test_one_document_has_no_standard_error_and_fewer_orders_no_brier_lm():
     values = torch.tensor([0.4, 0.2]).repeat(10, 1)
     result = summarise(values, torch.ones_like(values, dtype=torch.bool), torch.zeros(10), PROTOCOL)

@@ -117,12 +117,12 @@ def test_exact_tail_is_refused_for_calm_and_too_few_draws():
 
 @pytest.mark.parametrize("estimator", ["all_pairs", "exact_tail"])
 def test_memory_bounds_do_not_change_which_chains_are_grown(monkeypatch, estimator):
-    """Starts of one draw in several passes: the first order is the same, the others agree within their errors."""
-    documents = random_documents(*[40] * 30)
+    """Chains of a row in several passes: the first order is the same, the others agree within their errors."""
+    documents = random_documents(*[40] * 30)  # one window each, all in one batch: first tokens are drawn before chains
     model = token_model()
-    settings = SETTINGS | {"estimator": estimator, "draws": 8}
+    settings = SETTINGS | {"estimator": estimator, "draws": 8, "context_tokens": 80, "batch_rows": 32}
     whole = evaluate_brier(model, documents, generator=generator(), **settings)
-    monkeypatch.setattr(ngrams, "BRANCHES", 8 * 2)  # two starts of each of the eight rows
+    monkeypatch.setattr(ngrams, "BRANCHES", 8 * 2)  # two starts of a row
     parts = evaluate_brier(model, documents, generator=generator(), **settings)
     assert parts.brier[0] == pytest.approx(whole.brier[0], abs=1e-6)
     assert parts.brier[3] != whole.brier[3]

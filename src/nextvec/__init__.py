@@ -26,8 +26,11 @@ _HOME = {
     "TokenShards": "nextvec.text.shards",
     "UserError": "nextvec.errors",
     "convert": "nextvec.reference.convert",
+    "convert_back": "nextvec.reference.convert",
     "energy_score_loss": "nextvec.scoring.energy",
     "evaluate_brier": "nextvec.evaluate.brier",
+    "evaluate_likelihood": "nextvec.evaluate.bound",
+    "evaluate_reconstruction": "nextvec.evaluate.reconstruction",
     "evaluate_sampler": "nextvec.evaluate.brier",
     "generate": "nextvec.sampling.generate",
     "load_run": "nextvec.rundir",
@@ -47,8 +50,11 @@ __all__ = [
     "UserError",
     "__version__",
     "convert",
+    "convert_back",
     "energy_score_loss",
     "evaluate_brier",
+    "evaluate_likelihood",
+    "evaluate_reconstruction",
     "evaluate_sampler",
     "generate",
     "load_run",
@@ -59,12 +65,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from nextvec.errors import UserError
+    from nextvec.evaluate.bound import evaluate_likelihood
     from nextvec.evaluate.brier import evaluate_brier, evaluate_sampler
+    from nextvec.evaluate.reconstruction import evaluate_reconstruction
     from nextvec.model.autoencoder import Autoencoder
     from nextvec.model.calm import Calm
     from nextvec.model.token_lm import TokenLM
     from nextvec.presets import preset
-    from nextvec.reference.convert import convert
+    from nextvec.reference.convert import convert, convert_back
     from nextvec.rundir import Run, load_run
     from nextvec.sampling.generate import Sampling, generate
     from nextvec.scoring.brier import BrierResult

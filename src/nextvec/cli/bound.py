@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nextvec.cli import app
+from nextvec.cli.shared import progress_bars, trained_context
 
 
 @app.command()
@@ -44,10 +42,10 @@ def bound(
     import torch
 
     from nextvec import __version__
-    from nextvec.cli.evaluate import BASELINE_STRIDE, _context
     from nextvec.errors import ConfigError, DataError
     from nextvec.evaluate.bound import evaluate_likelihood
     from nextvec.evaluate.documents import read_documents
+    from nextvec.evaluate.windows import BASELINE_STRIDE
     from nextvec.files import check_target, write_json
     from nextvec.hardware import choose_device
     from nextvec.model.calm import Calm
@@ -74,13 +72,13 @@ def bound(
         if beside.text_tokenizer.hash != tokenizer.hash:
             raise DataError(f"{run} and {baseline} have different tokenizers, so they do not score the same tokens")
     documents = read_documents(data, tokenizer, limit=max_documents, text_key=text_key)
-    with _progress() as report:
+    with progress_bars() as report:
         found = evaluate_likelihood(
             calm,
             exact,
             documents,
             tokenizer,
-            context_tokens=_context(loaded.config) if context_tokens is None else context_tokens,
+            context_tokens=trained_context(loaded.config) if context_tokens is None else context_tokens,
             generator=torch.Generator(where).manual_seed(seed),
             patch_size=BASELINE_STRIDE if patch_size is None else patch_size,
             draws=draws,
@@ -93,23 +91,3 @@ def bound(
     if json is not None:
         names = {"run": str(run), "baseline": None if baseline is None else str(baseline), "data": data}
         write_json(json, {"nextvec": __version__, **names, "likelihood": found.to_dict()})
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """One bar per part of the work on a terminal's standard error; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield report

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nextvec.cli import app
+from nextvec.cli.shared import progress_bars, trained_context
 
 if TYPE_CHECKING:
-    from nextvec.config import ModelRun
     from nextvec.evaluate.windows import Layout
-
-BASELINE_STRIDE = 4  # tokens; K of the reference CALM
 
 
 @app.command("eval")
@@ -26,7 +22,7 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="documents-N or wikitext103-1024|-2048|-8192; default: documents-N, N of training."),
+        typer.Option(help="documents-N, or wikitext103-N (N 1024, 2048, 8192). Default: documents-N, N of training."),
     ] = None,
     context_tokens: Annotated[int | None, typer.Option(help="N: short for --protocol documents-N.")] = None,
     positions: Annotated[
@@ -56,7 +52,7 @@ def evaluate(
     from nextvec.evaluate.brier import evaluate_brier
     from nextvec.evaluate.documents import read_documents
     from nextvec.evaluate.reconstruction import evaluate_reconstruction
-    from nextvec.evaluate.windows import parse_protocol
+    from nextvec.evaluate.windows import BASELINE_STRIDE, parse_protocol
     from nextvec.files import check_target, write_json
     from nextvec.hardware import choose_device
     from nextvec.model.autoencoder import Autoencoder
@@ -89,11 +85,11 @@ def evaluate(
 
     if not isinstance(model, Autoencoder):
         default_stride = model.patch_size if isinstance(model, Calm) else BASELINE_STRIDE
-        with _progress("BrierLM") as report:
+        with progress_bars() as report:
             brier = evaluate_brier(
                 model,
                 documents,
-                context_tokens=_context(loaded.config) if context_tokens is None else context_tokens,
+                context_tokens=trained_context(loaded.config) if context_tokens is None else context_tokens,
                 stride=default_stride if stride is None else stride,
                 draws=draws,
                 generator=generator(),
@@ -102,46 +98,20 @@ def evaluate(
                 positions=positions,  # type: ignore[arg-type]
                 estimator=estimator,  # type: ignore[arg-type]
                 batch_rows=rows,
-                progress=report,
+                progress=partial(report, "BrierLM"),
             )
         print(f"{brier}")
         result["brier"] = brier.to_dict()
     if not isinstance(model, TokenLM):
-        with _progress("reconstruction") as report:
+        with progress_bars() as report:
             reconstruction = evaluate_reconstruction(
                 model if isinstance(model, Autoencoder) else model.autoencoder,
                 documents,
                 generator=generator(),
                 tokenizer_hash=tokenizer.hash,
-                progress=report,
+                progress=partial(report, "reconstruction"),
             )
         print(("\n" if "brier" in result else "") + f"{reconstruction}")
         result["reconstruction"] = reconstruction.to_dict()
     if json is not None:
         write_json(json, result)
-
-
-def _context(config: ModelRun) -> int:
-    """The context length of training, in tokens."""
-    from nextvec.config import RunConfig
-    from nextvec.errors import ConfigError
-
-    if not isinstance(config, RunConfig):
-        raise ConfigError(
-            "converted weights come without the context length of their training: give --context-tokens N"
-        )
-    return config.data.context_tokens
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal's standard error; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

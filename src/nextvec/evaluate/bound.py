@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from nextvec.errors import ConfigError, DataError
-from nextvec.evaluate.windows import Batch, Document, Plan, Window, batches, hash_documents, plan, tensors
+from nextvec.evaluate.windows import (
+    BASELINE_STRIDE,
+    Batch,
+    Document,
+    Plan,
+    Window,
+    batches,
+    hash_documents,
+    plan,
+    tensors,
+)
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.scoring.clusters import cluster_ratio
@@ -49,7 +59,7 @@ def evaluate_likelihood(
     *,
     context_tokens: int,
     generator: torch.Generator,
-    patch_size: int = 4,
+    patch_size: int = BASELINE_STRIDE,
     draws: int = 64,
     temperature: float | None = None,
     patches: int | None = None,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextvec.errors import ConfigError, DataError
 from nextvec.files import read_json
-from nextvec.scoring.brier import MAX_ORDER, BrierResult, DocumentSums, brier_lm_of
+from nextvec.scoring.brier import MAX_ORDER, BrierResult, DocumentSums, brier_lm_of, decimals
 
 RESAMPLES = 10_000
 CELLS = 1 << 22  # resamples times documents at a time: 32 MiB
@@ -42,11 +42,13 @@ class Difference:
     high: float | None = None
 
     def __str__(self) -> str:
-        places = 3 if self.name == "BrierLM" else 5
-        text = f"{self.name}  {self.value:+.{places}f}"
+        def number(value: float, sign: str = "+") -> str:
+            return f"{value:{sign}.3f}" if self.name == "BrierLM" else decimals(value, sign)
+
+        text = f"{self.name}  {number(self.value)}"
         if self.stderr is None or self.low is None or self.high is None:
             return text
-        return f"{text} ± {self.stderr:.{places}f}, 95 % {self.low:+.{places}f} to {self.high:+.{places}f}"
+        return f"{text} ± {number(self.stderr, '')}, 95 % {number(self.low)} to {number(self.high)}"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from nextvec.errors import ConfigError, DataError
 Document = npt.NDArray[np.integer[Any]]
 Layout = Literal["documents", "wikitext103"]
 Positions = Literal["patch_starts", "every_offset"]
+BASELINE_STRIDE = 4  # tokens between scored positions of a token baseline: K of the reference CALM
 WIKITEXT_BLOCKS = (1024, 2048, 8192)  # tokens: the authors' evaluation script, their training-time baseline, and CALM
 
 

@@ -40,10 +40,17 @@ class Protocol:
             f"every {self.stride} tokens" if self.positions == "patch_starts" else f"in {self.stride} shifted passes"
         )
         return (
-            f"{self.name}, {self.positions} {every}, {self.draws} draws ({self.estimator}), "
-            f"decoding {self.decode}, {self.documents:,} documents, seed {self.seed}, "
+            f"{self.name}, {self.positions} {every}, "
+            f"{self.draws} {'draw' if self.draws == 1 else 'draws'} ({self.estimator}), "
+            f"decoding {self.decode}, {self.documents:,} {'document' if self.documents == 1 else 'documents'}, "
+            f"seed {self.seed}, "
             f"tokenizer {self.tokenizer_hash[:12]}, text {self.documents_hash[:12]}"
         )
+
+
+def decimals(value: float, sign: str = "") -> str:
+    """Five decimals, or two digits and a power of ten where these would show less than two; `sign` "+": always signed."""
+    return f"{value:{sign}.5f}" if value == 0 or abs(value) >= 1e-4 else f"{value:{sign}.1e}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,10 @@ class BrierResult:
     def __str__(self) -> str:
         lines = []
         for order, (value, count) in enumerate(zip(self.brier, self.positions, strict=True), 1):
-            error = "" if self.brier_stderr is None else f" ± {self.brier_stderr[order - 1]:.5f}"
-            lines.append(f"Brier-{order}  {value:+.5f}{error}  ({count:,} n-grams in {self.documents:,} documents)")
+            error = "" if self.brier_stderr is None else f" ± {decimals(self.brier_stderr[order - 1])}"
+            lines.append(
+                f"Brier-{order}  {decimals(value, '+')}{error}  ({count:,} n-grams in {self.documents:,} documents)"
+            )
         if self.brier_lm is None:
             lines.append(f"BrierLM  none: {self.why_none()}")
         else:
@@ -93,7 +102,7 @@ class BrierResult:
 
     def why_none(self) -> str:
         """One sentence on why there is no BrierLM; empty when there is one."""
-        bad = [f"Brier-{k} is {value:+.5f}" for k, value in enumerate(self.brier, 1) if value <= 0]
+        bad = [f"Brier-{k} is {decimals(value, '+')}" for k, value in enumerate(self.brier, 1) if value <= 0]
         if bad:
             return f"{', '.join(bad)}, and a geometric mean needs every order above zero"
         if len(self.brier) < MAX_ORDER:

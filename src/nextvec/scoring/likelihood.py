@@ -42,8 +42,8 @@ class Text:
 
     def __str__(self) -> str:
         return (
-            f"{self.protocol}, {self.patches:,} patches of {self.patch_size} ({self.tokens:,} tokens, {self.bytes:,} bytes) "
-            f"in {self.scored_documents:,} documents, {self.fit_documents:,} others kept for the temperature, "
+            f"{self.protocol}, {self.patches:,} patches of {self.patch_size} ({self.tokens:,} tokens, {self.bytes:,} bytes); "
+            f"documents: {self.scored_documents:,} scored, {self.fit_documents:,} for the temperature; "
             f"tokenizer {self.tokenizer_hash[:12]}, text {self.documents_hash[:12]}"
         )
 
@@ -92,20 +92,20 @@ class Likelihood:
         lines = []
         if (bound := self.bound) is not None:
             how = (
-                f"fitted on {bound.fit_patches:,} patches of {self.text.fit_documents:,} other documents with "
-                f"{bound.fit_draws} draws"
+                f"fitted on {bound.fit_patches:,} patches of other documents ({self.text.fit_documents:,}) "
+                f"at S = {bound.fit_draws}"
                 if bound.fitted
                 else "given"
             )
             lines = [
                 f"CALM, soft-decoded, upper bound; decoder temperature {bound.temperature:.3f}, {how}",
-                f"{'draws':>7}{'bits per byte':>24}{'nats per token':>17}",
+                f"{'S':>7}{'bits per byte':>24}{'nats per token':>17}",
             ]
             for i, draws in enumerate(bound.draws):
                 value = _plus_minus(bound.bits_per_byte[i], None if bound.stderr is None else bound.stderr[i])
                 lines.append(f"{draws:>7}{value:>24}{bound.nats_per_token[i]:>17.4f}")
             lines += [
-                f"at temperature 1 and {bound.draws[-1]} draws: {bound.bits_per_byte_unscaled:.4f} bits per byte",
+                f"at temperature 1 and S = {bound.draws[-1]}: {bound.bits_per_byte_unscaled:.4f} bits per byte",
                 NOT_ARGMAX,
             ]
         if self.exact is not None:
