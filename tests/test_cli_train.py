@@ -20,7 +20,7 @@ from nextvec.text.prepare import prepare
 from nextvec.text.tokenizer import byte_tokenizer, train_tokenizer
 from nextvec.train.metrics import read_metrics
 
-TIMES = ("seconds", "tokens_per_s", "share", "memory_bytes")
+TIMES = ("seconds", "cpu_seconds", "tokens_per_s", "share", "memory_bytes")
 COMMON = {
     "data": {"context_tokens": 32, "rows": 2},
     "optim": {"lr": 0.003, "warmup": 4},

@@ -26,7 +26,7 @@ from nextvec.train.metrics import read_metrics
 from nextvec.train.sitting import generator_for
 
 VOCAB, ROWS, CONTEXT = 11, 3, 8
-TIMES = ("seconds", "tokens_per_s", "share", "memory_bytes")
+TIMES = ("seconds", "cpu_seconds", "tokens_per_s", "share", "memory_bytes")
 
 
 class Module(nn.Module):

@@ -43,7 +43,8 @@ def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained
         energy = config.energy
         teacher = "exact teacher" if energy.teacher == "exact" else f"M = {energy.teacher_draws} teacher draws"
         lines.append(f"| recipe | {config.recipe.name}; energy loss of S = {energy.draws} draws, {teacher} |")
-    measured = {name: value for name, value in trained.items() if name not in ("kind", "step", "tokens", "seconds")}
+    known = ("kind", "step", "tokens", "seconds", "cpu_seconds")
+    measured = {name: value for name, value in trained.items() if name not in known}
     lines += ["", "## Measured on held-out windows at the end of training", ""]
     lines += [f"- {name}: {_figure(value)}" for name, value in measured.items()] or ["- nothing: no held-out shards"]
     if measured:

@@ -63,20 +63,22 @@ def dump_yaml(config: Config) -> str:
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Return a copy of `data` with dotted `key.sub=value` overrides; values are read as YAML."""
-    result: dict[str, Any] = {k: (dict(v) if isinstance(v, dict) else v) for k, v in data.items()}
+    data = dict(data)
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"an override is written key=value, for instance optim.lr=1e-3; got {item!r}")
-        *parents, leaf = key.split(".")
-        node = result
-        for parent in parents:
-            child = node.get(parent)
-            child = dict(child) if isinstance(child, dict) else {}
-            node[parent] = child
-            node = child
-        node[leaf] = _yaml_value(key, value)
-    return result
+        data = with_value(data, key, _yaml_value(key, value))
+    return data
+
+
+def with_value(data: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of `data` with the value of one dotted key."""
+    first, _, rest = key.partition(".")
+    if not rest:
+        return {**data, first: value}
+    inner = data.get(first)
+    return {**data, first: with_value(inner if isinstance(inner, dict) else {}, rest, value)}
 
 
 def unknown_key(key: str, known: list[str]) -> str:
@@ -96,7 +98,12 @@ def _yaml_value(key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"{key}: the value {text!r} cannot be read; quote text that YAML would take apart") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+    return as_number(value)
+
+
+def as_number(value: Any) -> Any:
+    """Text that is a number as a float (YAML 1.1 reads 1e-3 as text); anything else as it is."""
+    if isinstance(value, str):
         try:
             return float(value)
         except ValueError:

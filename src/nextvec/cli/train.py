@@ -10,9 +10,7 @@ import typer
 from nextvec.cli import app
 
 if TYPE_CHECKING:
-    from nextvec.config import RunConfig
     from nextvec.model.autoencoder import Autoencoder
-    from nextvec.text.tokenizer import Tokenizer
 
 train_app = typer.Typer(
     help="Train an autoencoder, a CALM language model, or the token baseline.", no_args_is_help=True
@@ -111,6 +109,7 @@ def _train(
     from nextvec.train.loop import check_out, train
     from nextvec.train.objectives import build_objective
     from nextvec.train.progress import duration, terms
+    from nextvec.train.settings import complete_run
 
     check_out(out, resume)
     settings = _settings(VERBS[verb], out, config_file, resume)
@@ -123,7 +122,8 @@ def _train(
     if autoencoder_run is not None:
         autoencoder, tokenizer = load_autoencoder(autoencoder_run)
         shards.check_tokenizer(tokenizer)
-    run = _resolve(settings, shards.tokenizer, autoencoder, str(config_file or f"train {verb}"))
+    of = autoencoder.config if autoencoder is not None else None
+    run = complete_run(settings, shards.tokenizer, of, str(config_file or f"train {verb}"))
 
     options = ["--autoencoder", str(autoencoder_run)] if autoencoder_run is not None else []
     options += ["--valid", str(valid)] if valid is not None else []
@@ -171,26 +171,3 @@ def _data_path(settings: dict[str, Any]) -> str:
     if path is None:
         raise ConfigError("training needs shards: give --data SHARDS, as written by `nextvec prepare`")
     return str(path)
-
-
-def _resolve(settings: dict[str, Any], tokenizer: Tokenizer, autoencoder: Autoencoder | None, source: str) -> RunConfig:
-    """Fill in what the tokenizer and the autoencoder fix, and validate. Raises ConfigError in one sentence."""
-    from nextvec.config import parse_run
-    from nextvec.errors import ConfigError
-
-    model = settings.get("model") or {}
-    if isinstance(model, dict):
-        model = dict(model)
-        if autoencoder is not None:
-            fixed = autoencoder.config.model_dump(mode="json")
-            if model.setdefault("autoencoder", fixed) != fixed:
-                raise ConfigError(
-                    f"{source}: model.autoencoder differs from the settings of the trained autoencoder; leave it out"
-                )
-        else:
-            model.setdefault("vocab_size", tokenizer.vocab_size)
-        if settings["kind"] == "autoencoder":
-            model.setdefault("mask_id", tokenizer.mask_id)
-        else:
-            model.setdefault("backbone", {})
-    return parse_run({**settings, "model": model}, source)

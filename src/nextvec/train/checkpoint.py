@@ -52,6 +52,7 @@ class TrainState(BaseModel):
     step: int  # optimiser steps done
     tokens: int  # tokens trained on, pads included
     seconds: float  # training time over all sittings, without evaluation and saving
+    cpu_seconds: float = 0.0  # of this process on all its threads in that time; 0 in checkpoints of before it was kept
     logged_step: int  # step of the last log line
     logged_seconds: float
     counts: dict[str, int]  # number of batches in each metric sum since the last log line

@@ -99,6 +99,7 @@ class Sitting:
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
 
         self.step, self.seconds, self.logged_step, self.logged_seconds = 0, 0.0, 0, 0.0
+        self.cpu_seconds = 0.0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.saved_step: int | None = None
@@ -109,9 +110,10 @@ class Sitting:
             self.sums = {n: t.to(device) for n, t in checkpoint.restore(found, self.bare, self.optimizer).items()}
             self.counts = dict(state.counts)
             self.step, self.seconds, self.saved_step = state.step, state.seconds, state.step
+            self.cpu_seconds = state.cpu_seconds
             self.logged_step, self.logged_seconds = state.logged_step, state.logged_seconds
         objective.module, self.prepared_optimizer = self.accelerator.prepare(self.bare, self.optimizer)
-        self._mark = time.perf_counter()
+        self._start_clocks()
         self.save_tried = time.monotonic()
 
     def run(self, interrupt: Interrupt) -> TrainResult:
@@ -212,6 +214,7 @@ class Sitting:
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
         }
         row |= {"loss": loss, **means, "lr": self.optimizer.param_groups[-1]["lr"], "grad_norm": norm}
         share = self.flops_per_token * speed / self.peak_rate if self.flops_per_token else None
@@ -247,7 +250,8 @@ class Sitting:
             finally:
                 self.bare.train()
             tokens = self.step * self.tokens_per_step
-            row: Row = {"kind": "eval", "step": self.step, "tokens": tokens, "seconds": self.seconds, **found}
+            times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+            row: Row = {"kind": "eval", "step": self.step, "tokens": tokens, **times, **found}
             self._write(row)
             self.display.evaluation(row)
 
@@ -272,6 +276,7 @@ class Sitting:
                 step=self.step,
                 tokens=self.step * self.tokens_per_step,
                 seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
                 logged_step=self.logged_step,
                 logged_seconds=self.logged_seconds,
                 counts=self.counts,
@@ -350,10 +355,14 @@ class Sitting:
         return over or self.step >= self.config.train.steps
 
     def _tick(self) -> None:
-        """Add the time since the last call to the seconds of training."""
-        now = time.perf_counter()
-        self.seconds += now - self._mark
-        self._mark = now
+        """Add the time since the last call to the seconds of training, and this process's part of the processors."""
+        wall, cpu = self._marks
+        self._start_clocks()
+        self.seconds += self._marks[0] - wall
+        self.cpu_seconds += self._marks[1] - cpu
+
+    def _start_clocks(self) -> None:
+        self._marks = time.perf_counter(), time.process_time()
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -363,7 +372,7 @@ class Sitting:
         try:
             yield
         finally:
-            self._mark = time.perf_counter()
+            self._start_clocks()
 
 
 class _Interrupted(Exception):  # noqa: N818  (control flow, never seen outside)
