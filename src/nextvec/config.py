@@ -247,6 +247,7 @@ class DataSettings(Config):
     packing: Literal["aligned", "packed"] | None = None  # None: as the manifest says
     context_tokens: Positive = 1024  # context length in tokens, a multiple of K
     rows: Positive = 4  # windows per step and process
+    latents: bool = False  # training reads the teacher that `nextvec prepare --latents` stored, instead of encoding
 
 
 class OptimSettings(Config):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from nextvec.cli import app
+
+if TYPE_CHECKING:
+    from nextvec.model.autoencoder import Autoencoder
 
 tokenizer_app = typer.Typer(help="Make a tokenizer.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -72,6 +75,10 @@ def prepare(
     text_key: TextKey = "text",
     dtype: Annotated[Literal["auto", "uint16", "uint32"], typer.Option(help="Type of the ids on disk.")] = "auto",
     shard_tokens: Annotated[int, typer.Option(help="Tokens of one shard file.")] = 1 << 24,
+    latents: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Store what this autoencoder says of each patch, for data.latents=true."),
+    ] = None,
 ) -> None:
     """Turn text into token shards. Interrupted, the same command goes on where it stopped."""
     from rich.console import Console
@@ -87,6 +94,7 @@ def prepare(
     from nextvec.text.prepare import prepare as run
     from nextvec.text.tokenizer import load_tokenizer
 
+    teacher = _teacher(latents, tokenizer) if latents is not None else None
     columns = (
         TextColumn("Preparing"),
         BarColumn(),
@@ -126,3 +134,42 @@ def prepare(
         print("nextvec: interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None
     print(result)
+    if teacher is not None:
+        _store_latents(teacher, result.train)
+
+
+def _teacher(run: Path, tokenizer: str) -> Autoencoder:
+    """The autoencoder of a run. Raises ConfigError when it reads other tokens."""
+    from nextvec.errors import ConfigError
+    from nextvec.hardware import choose_device
+    from nextvec.rundir import load_autoencoder
+    from nextvec.text.tokenizer import load_tokenizer
+
+    autoencoder, own = load_autoencoder(run, choose_device("auto"))
+    if own.hash != load_tokenizer(tokenizer).hash:
+        raise ConfigError(
+            f"the autoencoder of {run} was trained with another tokenizer than {tokenizer}; give its own: {run}"
+        )
+    return autoencoder
+
+
+def _store_latents(autoencoder: Autoencoder, shards: Path) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nextvec.text.shards import Stream, TokenShards
+    from nextvec.train.latents import write_latents
+
+    console = Console(stderr=True)
+    stream = Stream(TokenShards.open(shards), autoencoder.config.patch_size)
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("Encoding patches", total=1.0)
+            folder = write_latents(stream, autoencoder, lambda done: bar.update(task, completed=done))
+    except KeyboardInterrupt:
+        print("nextvec: interrupted; finished files are kept, the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(
+        f"latents  {folder} ({size / 2**20:,.0f} MiB, {size / stream.length:.0f} bytes per token): train with data.latents=true"
+    )

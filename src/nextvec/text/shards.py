@@ -6,6 +6,8 @@ documents-NNNNN.npy (int64 start of each document inside its shard, plus the end
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -196,6 +198,13 @@ class Stream:
             patches = -(-np.diff(self._raw) // patch_size)
             self._laid = np.concatenate([[0], np.cumsum(patches) * patch_size])
         self.length = int(self._laid[-1]) // patch_size * patch_size
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the stream is made of: tokens, tokenizer and packing. Neither K nor the folder's name."""
+        manifest = self.shards.manifest
+        identity = [manifest.tokenizer, self.packing, *(record.sha256 for record in manifest.shards)]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def read(self, start: int, length: int) -> Ids:
         """`length` ids from position `start`; any offset, across documents and shards."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,15 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Op
 
 def frozen_digest(module: nn.Module) -> str:
     """SHA-256 over names and values of the parameters that are not trained."""
+    return parameters_digest((name, each) for name, each in module.named_parameters() if not each.requires_grad)
+
+
+def parameters_digest(named: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """SHA-256 over names and values."""
     digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    for name, parameter in named:
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -258,4 +262,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-__all__ = ["Checkpoint", "TrainState", "check_same_run", "drop_newer", "frozen_digest", "latest", "restore", "save"]
+__all__ = [
+    "Checkpoint",
+    "TrainState",
+    "check_same_run",
+    "drop_newer",
+    "frozen_digest",
+    "latest",
+    "parameters_digest",
+    "restore",
+    "save",
+]

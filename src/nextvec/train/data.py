@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -20,8 +18,8 @@ MANIFEST = "manifest.json"
 class BatchSource(Protocol):
     """Batch i is a pure function of i. Legend: B rows, T tokens per row."""
 
-    def batch(self, index: int) -> Tensor:
-        """(B, T) int64 token ids."""
+    def batch(self, index: int) -> Any:
+        """(B, T) int64 token ids; where the teacher was stored (`data.latents`), `Encoded`."""
         ...
 
 
@@ -79,9 +77,7 @@ def open_data(config: RunConfig, valid: Path | None = None, eval_batches: int = 
         return Batches(stream, config.data.rows, config.data.context_tokens, config.train.seed)
 
     train = batches(folder)
-    manifest, packing = train.stream.shards.manifest, train.stream.packing
-    identity = [manifest.tokenizer, packing, *(record.sha256 for record in manifest.shards)]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    digest = train.stream.digest
     where = valid or beside
     if where is None:
         return Data(train, digest), None

@@ -22,6 +22,7 @@ from nextvec.process import keep_freed_memory
 from nextvec.train import checkpoint
 from nextvec.train.data import Data, open_data
 from nextvec.train.interrupt import Interrupt
+from nextvec.train.latents import with_latents
 from nextvec.train.metrics import METRICS, MetricsLog, Row, check_tensorboard
 from nextvec.train.progress import Display
 from nextvec.train.sitting import Sitting, Trainable, TrainResult
@@ -72,6 +73,8 @@ def train(
         notes += [note] if note else []
     if tensorboard:
         check_tensorboard()
+    if config.data.latents:
+        data = with_latents(data, objective.module)
     found = checkpoint.latest(out, display.say) if resume else None
     frozen = checkpoint.frozen_digest(objective.module)
     if found is not None:

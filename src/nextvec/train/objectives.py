@@ -27,6 +27,7 @@ from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import save_run
 from nextvec.text.tokenizer import Tokenizer
 from nextvec.train.auxiliary import NextPatchTokens, auxiliary_scale
+from nextvec.train.latents import Encoded
 
 INIT_GAIN = 0.8  # standard deviation of fresh matrices times sqrt(width); 0.058 at width 192 (docs/log.md)
 
@@ -54,10 +55,18 @@ class CalmTraining(nn.Module):
         width = model.config.backbone.width
         self.auxiliary = NextPatchTokens(model.vocab_size, model.patch_size, width) if recipe.name == "fast" else None
 
-    def forward(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
+    def forward(
+        self, batch: Tensor | Encoded, generator: torch.Generator | None, progress: float
+    ) -> tuple[Tensor, Metrics]:
+        """batch: ids (B, T), with or without the stored posteriors of their patches."""
+        ids_BT, encoded = (batch.ids, batch) if isinstance(batch, Encoded) else (batch, None)
         ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
         state_BPD, target_BPK = self.model.states(ids_BPK[:, :-1]), ids_BPK[:, 1:]
-        loss, metrics = self.model.loss(state_BPD, target_BPK, generator)
+        if encoded is None:
+            loss, metrics = self.model.loss(state_BPD, target_BPK, generator)
+        else:
+            target: Any = encoded.targets()  # `with_latents` has seen to it that the head learns from latents
+            loss, metrics = self.model.head.loss(state_BPD, target, generator)
         if self.auxiliary is not None:
             scale = self.recipe.auxiliary_weight * auxiliary_scale(progress, self.recipe.auxiliary_until)
             if scale > 0.0:
@@ -110,9 +119,11 @@ class Objective:
         self.model = model
         self.tokenizer = tokenizer
 
-    def loss(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
+    def loss(
+        self, batch: Tensor | Encoded, generator: torch.Generator | None, progress: float
+    ) -> tuple[Tensor, Metrics]:
         """Scalar loss and detached metrics, without a host synchronisation. `progress` in [0, 1) of training."""
-        result: tuple[Tensor, Metrics] = self.module(ids_BT, generator, progress)
+        result: tuple[Tensor, Metrics] = self.module(batch, generator, progress)
         return result
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from nextvec.train.compile import compile_blocks
 from nextvec.train.data import Data
 from nextvec.train.flops import count_flops
 from nextvec.train.interrupt import Interrupt
+from nextvec.train.latents import Encoded
 from nextvec.train.metrics import METRICS, MetricsLog, Row
 from nextvec.train.optim import make_optimizer, rate_factor
 from nextvec.train.progress import Display, duration
@@ -35,9 +36,7 @@ class Trainable(Protocol):
 
     module: Any  # an nn.Module whose forward is the loss; `loss` calls it, so that the loop may wrap it
 
-    def loss(
-        self, ids_BT: Tensor, generator: torch.Generator | None, progress: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Any, generator: torch.Generator | None, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and detached 0-dim metrics, without waiting for the device. `progress` in [0, 1) of training."""
         ...
 
@@ -165,9 +164,9 @@ class Sitting:
             group["lr"] = factor * group["peak_lr"]
         generator = generator_for(settings.seed, self.step, TRAIN, self.device)
         for micro in range(settings.accumulate):
-            ids_BT = self.data.train.batch(self.step * settings.accumulate + micro).to(self.device, non_blocking=True)
+            batch = self.data.train.batch(self.step * settings.accumulate + micro).to(self.device, non_blocking=True)
             with self.accelerator.accumulate(self.objective.module):
-                loss, metrics = self.objective.loss(ids_BT, generator, progress)
+                loss, metrics = self.objective.loss(batch, generator, progress)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip)
@@ -310,15 +309,16 @@ class Sitting:
     def _warm_up(self) -> None:
         """Count operations on one row, and compile; neither touches parameters, batches or noise of the run."""
         settings = self.config.train
-        first_BT = self.data.train.batch(self.step * settings.accumulate).to(self.device)
+        first = self.data.train.batch(self.step * settings.accumulate).to(self.device)
+        row = first.head(1) if isinstance(first, Encoded) else first[:1]
 
-        def trial(ids_BT: Tensor = first_BT) -> None:
+        def trial(batch: Any = first) -> None:
             generator = generator_for(settings.seed, self.step, TRAIN, self.device)
-            loss, _ = self.objective.loss(ids_BT, generator, self._progress())
+            loss, _ = self.objective.loss(batch, generator, self._progress())
             loss.backward()
             self.optimizer.zero_grad()
 
-        self.flops_per_token = count_flops(lambda: trial(first_BT[:1])) / first_BT.shape[1]
+        self.flops_per_token = count_flops(lambda: trial(row)) / self.config.data.context_tokens
         if settings.compile:
             compile_blocks(self.bare, self.device, trial, self.display.say)
         self._tick()

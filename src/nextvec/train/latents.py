@@ -1,0 +1,170 @@
+"""The teacher's posterior of every patch of a corpus, computed once and kept beside the tokens (`nextvec prepare --latents`).
+
+SHARDS/latents-XXXXXXXXXXXX/ (a hash of autoencoder, tokens and layout): latents-NNNNN.npy, float16 (n, 2L), a patch's mean and
+log_std in the order of the stream, and manifest.json, written last. It saves the encoder's pass in training, 4 % of a step at the
+reference configuration, for 4 L / K bytes a token (docs/performance.md).
+
+Legend: B rows, T tokens, P patches, K tokens per patch, L latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nextvec.config import Config
+from nextvec.errors import ConfigError, DataError
+from nextvec.files import atomic_path, read_json, write_json
+from nextvec.model.autoencoder import Autoencoder
+from nextvec.model.calm import Calm
+from nextvec.model.posterior import Posterior
+from nextvec.text.batches import Batches
+from nextvec.text.shards import Stream
+from nextvec.train.checkpoint import parameters_digest
+from nextvec.train.data import Data
+
+FILE_PATCHES = 1 << 18  # patches in a file: 128 MiB at L = 128
+PASS_TOKENS = 1 << 14  # tokens encoded at once
+
+
+class LatentsManifest(Config):
+    """What a folder of latents says of itself; its name holds the hash of what it was made from."""
+
+    patches: int
+    latent: int  # L
+    patch_size: int
+    packing: str
+
+
+class Encoded(NamedTuple):
+    """A batch whose teacher is known: ids (B, T), and the posterior of its patches (B, P, L)."""
+
+    ids: Tensor
+    mean: Tensor
+    log_std: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Encoded:
+        return Encoded(*(part.to(device, non_blocking=non_blocking) for part in self))
+
+    def head(self, rows: int) -> Encoded:
+        """The first rows."""
+        return Encoded(*(part[:rows] for part in self))
+
+    def targets(self) -> Posterior:
+        """Of patches 2..P, in float32."""
+        return Posterior(self.mean[:, 1:].float(), self.log_std[:, 1:].float())
+
+
+class EncodedBatches:
+    """Batches of ids with their posteriors, read from disk."""
+
+    def __init__(self, batches: Batches, autoencoder: Autoencoder) -> None:
+        """Raises ConfigError when there are no latents of this autoencoder for these tokens, DataError for damaged ones."""
+        self.batches = batches
+        stream = batches.stream
+        folder = latents_folder(stream, autoencoder)
+        if not (folder / "manifest.json").is_file():
+            raise ConfigError(
+                f"data.latents needs what `nextvec prepare ... --latents RUN` stores; {stream.shards.path} holds none of this "
+                f"autoencoder at {stream.patch_size} tokens a patch, packing {stream.packing}: make it, or leave data.latents out"
+            )
+        manifest = LatentsManifest.parse(read_json(folder / "manifest.json", "latents manifest"), str(folder))
+        self._patch_size, self._latent = manifest.patch_size, manifest.latent
+        self._files: list[NDArray[Any]] = []
+        for number, patches in enumerate(_pieces(manifest.patches)):
+            path = _file(folder, number)
+            try:
+                self._files.append(np.load(path, mmap_mode="r"))
+            except (OSError, ValueError, EOFError) as error:
+                raise DataError(
+                    f"{path} is missing or damaged ({error}); run nextvec prepare --latents again"
+                ) from None
+            if self._files[-1].shape != (patches, 2 * manifest.latent):
+                raise DataError(f"{path} does not fit its manifest; run nextvec prepare --latents again")
+
+    def batch(self, index: int) -> Encoded:
+        """Batch `index` as `Batches.batch`."""
+        rows = self.batches.rows
+        patches = self.batches.context_tokens // self._patch_size
+        starts = [self.batches.start(index * rows + row) // self._patch_size for row in range(rows)]
+        both_BPL = torch.from_numpy(np.stack([self._read(start, patches) for start in starts]))
+        return Encoded(self.batches.batch(index), *both_BPL.split(self._latent, dim=-1))
+
+    def _read(self, start: int, patches: int) -> NDArray[Any]:
+        parts = []
+        while patches:
+            number, inside = divmod(start, FILE_PATCHES)
+            part = self._files[number][inside : inside + patches]
+            parts.append(part)
+            start, patches = start + len(part), patches - len(part)
+        return np.concatenate(parts)
+
+
+def with_latents(data: Data, module: nn.Module) -> Data:
+    """The same data with training batches that know their teacher, the frozen autoencoder inside `module`.
+
+    Raises ConfigError where there is none that is learnt from, or no latents of it; DataError for damaged ones.
+    """
+    autoencoder = next((part for part in module.modules() if isinstance(part, Autoencoder)), None)
+    learns = any(isinstance(part, Calm) and part.has_latents for part in module.modules())
+    if autoencoder is None or not learns or not isinstance(data.train, Batches):
+        raise ConfigError(
+            "data.latents is for a CALM whose head learns from latents; this run has no such head: leave it out"
+        )
+    return dataclasses.replace(data, train=EncodedBatches(data.train, autoencoder))
+
+
+def latents_folder(stream: Stream, autoencoder: Autoencoder) -> Path:
+    """Where the posteriors of this stream by this autoencoder are kept, whether or not they exist."""
+    digest = hashlib.sha256()
+    for part in (parameters_digest(autoencoder.named_parameters()), stream.digest, str(stream.patch_size)):
+        digest.update(part.encode())
+    return stream.shards.path / f"latents-{digest.hexdigest()[:12]}"
+
+
+@torch.inference_mode()
+def write_latents(stream: Stream, autoencoder: Autoencoder, show: Callable[[float], None] | None = None) -> Path:
+    """Encode every patch of a stream in float32; returns the folder. Interrupted, it goes on at the file that was not finished.
+
+    autoencoder: in evaluation mode, on any device. Raises DataError when the disk is full.
+    """
+    patches, size = stream.length // stream.patch_size, stream.patch_size
+    folder, latent = latents_folder(stream, autoencoder), autoencoder.config.latent
+    if (folder / "manifest.json").is_file():
+        return folder
+    device = autoencoder.embedding.weight.device
+    step = max(1, PASS_TOKENS // size)
+    for number, count in enumerate(_pieces(patches)):
+        path, first = _file(folder, number), number * FILE_PATCHES
+        if path.is_file():
+            continue  # written whole or not at all
+        both = np.empty((count, 2 * latent), dtype=np.float16)
+        for start in range(0, count, step):
+            here = min(step, count - start)
+            ids = torch.from_numpy(stream.read((first + start) * size, here * size)).to(device).view(here, size)
+            posterior = autoencoder.encode(ids)
+            both[start : start + here] = torch.cat((posterior.mean, posterior.log_std), dim=-1).half().cpu().numpy()
+            if show is not None:
+                show((first + start + here) / patches)
+        with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+            np.save(handle, both)
+    manifest = LatentsManifest(patches=patches, latent=latent, patch_size=size, packing=stream.packing)
+    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+    return folder
+
+
+def _pieces(patches: int) -> list[int]:
+    """Patches of each file."""
+    return [min(FILE_PATCHES, patches - first) for first in range(0, patches, FILE_PATCHES)]
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"latents-{number:05d}.npy"
