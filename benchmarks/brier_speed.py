@@ -2,17 +2,20 @@
 
     OMP_NUM_THREADS=1 python benchmarks/brier_speed.py --json brier_speed.json
 
-Arms, all on one text, one model, two draws and n-grams of up to four tokens:
+Arms, all on one text, one model and n-grams of up to four tokens:
 
-ours      `evaluate_brier`: the text is read once, and the chains of all positions grow together.
+ours      `evaluate_brier`: the text is read once, and the chains of all positions grow together. Two draws of the CALM, one
+          of the baseline, since `exact_tail` has an estimate from every single chain.
 loop      one position after the other: a forward pass over its own context, then over the context and each drawn patch.
           Only every --loop-every-th position is run, evenly spread, and its seconds count that many times.
 authors   the way of the authors' code: the text is read once; one position after the other, its part of the key/value
           cache is copied, the chain goes on from the first draw, and stops where the two draws have parted.
 
-The cases are a CALM at K = 2 (`two_draws`, every second token) and the token baseline (`exact_tail`, every token). Their
-weights are random, with the last layer scaled so that two draws agree as often as --agree says: of that depends how
-soon `authors` stops. Arms take turns, medians count.
+`loop` and `authors` take two draws. The cases are a CALM at K = 2 (`two_draws`, every second token) and the token
+baseline (`exact_tail`, every token). Their weights are random, with the last layer scaled so that two draws agree as
+often as --agree says: of that depends how soon `authors` stops. Arms take turns, and medians of the process's own CPU
+time count, which other work on the machine lengthens little. --noise N adds what the estimates are worth: their
+standard deviation over N seeds.
 
 Legend: S draws, T tokens, P patches, K tokens per patch, n order.
 """
@@ -35,7 +38,7 @@ from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, Energy
 from nextvec.evaluate.brier import evaluate_brier
 from nextvec.files import write_json
 from nextvec.hardware import environment
-from nextvec.model.backbone import KVCache
+from nextvec.model.cache import KVCache
 from nextvec.model.calm import Calm
 from nextvec.model.init import initialise
 from nextvec.model.token_lm import TokenLM
@@ -89,7 +92,7 @@ def ours(model: Calm | TokenLM, text_T: Tensor, stride: int) -> Arm:
             [text_T.numpy()],
             context_tokens=2 * (len(text_T) // stride + 1) * stride,  # one window
             stride=stride,
-            draws=DRAWS,
+            draws=1 if isinstance(model, TokenLM) else DRAWS,
             generator=g,
             tokenizer_hash="benchmark",
             estimator="exact_tail" if isinstance(model, TokenLM) else "two_draws",
@@ -150,7 +153,7 @@ def part_of(model: Calm | TokenLM, cache: KVCache, patches: int, more: int) -> K
     """The first patches of a cache, copied, with room for more."""
     part = model.new_cache(1, patches + more)
     part.store[..., :patches, :] = cache.store[..., :patches, :]
-    part.length = patches
+    part.lengths[:] = patches
     return part
 
 
@@ -211,8 +214,10 @@ def authors_baseline(model: TokenLM, text_T: Tensor) -> Arm:
 
 
 @torch.no_grad()
-def measure(positions: int, width: int, layers: int, agree: float, repeats: int, every: int) -> dict[str, Any]:
-    """Median seconds of each arm, and the figures that it found."""
+def measure(
+    positions: int, width: int, layers: int, agree: float, repeats: int, every: int, noise: int = 0
+) -> dict[str, Any]:
+    """Median CPU seconds of each arm, the figures that it found, and their standard deviation over `noise` seeds."""
     calm, baseline = build(width, layers, agree)
     result: dict[str, Any] = {}
     for name, stride in (("calm, K = 2", PATCH), ("baseline", 1)):
@@ -230,9 +235,9 @@ def measure(positions: int, width: int, layers: int, agree: float, repeats: int,
         for repeat in range(repeats):
             for arm, work in arms.items():
                 g = torch.Generator().manual_seed(repeat)
-                begin = time.perf_counter()
+                begin = time.process_time()
                 found[arm] = work(g)
-                seconds[arm].append((time.perf_counter() - begin) * (every if arm == "loop" else 1))
+                seconds[arm].append((time.process_time() - begin) * (every if arm == "loop" else 1))
             print(
                 f"{name}, {repeat + 1} of {repeats}: { {a: round(s[-1], 3) for a, s in seconds.items()} }",
                 file=sys.stderr,
@@ -245,8 +250,17 @@ def measure(positions: int, width: int, layers: int, agree: float, repeats: int,
             "ratio": {arm: median[arm] / median["ours"] for arm in arms if arm != "ours"},
             "agreement": _agreement(model),
             "brier": {arm: list(values) for arm, values in found.items()},
+            "deviation": {arm: _deviation(arms[arm], noise) for arm in ("ours", "authors") if noise},
         }
     return result
+
+
+def _deviation(arm: Arm, seeds: int) -> list[float]:
+    """Standard deviation of Brier-1..4 over seeds: the part of the error that comes from the draws."""
+    values = torch.tensor(
+        [list(arm(torch.Generator().manual_seed(seed))) for seed in range(seeds)], dtype=torch.float64
+    )
+    return values.std(dim=0).tolist()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -259,10 +273,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--loop-every", type=int, default=10, metavar="N", help="of the plain loop, run one in N positions"
     )
+    parser.add_argument("--noise", type=int, default=0, metavar="N", help="seeds for the spread of the estimates")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     machine = environment()
-    found = measure(chosen.positions, chosen.width, chosen.layers, chosen.agree, chosen.repeats, chosen.loop_every)
+    found = measure(
+        chosen.positions, chosen.width, chosen.layers, chosen.agree, chosen.repeats, chosen.loop_every, chosen.noise
+    )
     print("\n".join(machine.lines()))
     for name, case in found.items():
         print(f"\n{name}, {case['positions']} positions, width {chosen.width}, {chosen.layers} layers")
@@ -270,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             low, high = case["spread"][arm]
             ratio = "" if arm == "ours" else f"   ours is {case['ratio'][arm]:.1f} times as fast"
             print(f"  {arm:8} {value:9.3f} s  ({low:.3f} to {high:.3f}){ratio}")
+        for arm, values in case["deviation"].items():
+            print(f"  {arm:8} standard deviation of Brier-1..4: {', '.join(f'{value:.5f}' for value in values)}")
     if chosen.json is not None:
         write_json(
             chosen.json, {"machine": machine.to_dict(), **vars(chosen) | {"json": str(chosen.json)}, "found": found}

@@ -214,21 +214,40 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("what", ["train", "baseline"])
-def test_generation_of_a_trained_run(monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path, what: str) -> None:
+def test_generation_of_a_trained_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path, what: str
+) -> None:
     options = ["--run", runs / what, "--repeats", 2, "--seconds", 1e-6, "--json", tmp_path / "out.json", "--tokens", 6]
     assert run_cli(monkeypatch, "generate", *options, "--candidates", 5, "--prompt", "de", "--device", "cpu") == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found) >= CARRIED
     assert found["training_tokens"] == (192 if what == "train" else None)
-    assert list(found["arms"]) == ["t05", "t1"]
+    arms = ["t05", "plain_t05", "t1", "plain_t1"] if what == "train" else ["t05", "t1"]
+    assert list(found["arms"]) == arms
     assert found["tokens_per_s"] == found["arms"]["t05"]["tokens_per_s"]["median"]
-    assert found["plain_tokens_per_s"] is None
+    if what == "train":
+        assert found["plain_tokens_per_s"] == found["arms"]["plain_t05"]["tokens_per_s"]["median"]
+        for name in ("t05", "t1"):
+            rates = [found["arms"][arm]["tokens_per_s"]["median"] for arm in (name, f"plain_{name}")]
+            assert found["ratios"][name]["median"] == pytest.approx(rates[0] / rates[1])
+        pools = found["arms"]["t05"]["pools"]
+        assert pools["candidates"] == 5
+        assert 0.2 <= pools["unique"] <= 1
+        assert "candidates" in capsys.readouterr().out
+    else:
+        assert found["plain_tokens_per_s"] is None
+        assert found["arms"]["t05"]["pools"] is None
+    assert found["arms"]["t1"]["pools"] is None
     assert found["share_of_limit"] > 0
     assert set(found["breakdown"]) >= {"backbone", "vocabulary", "temperature"}
     if what == "train":
         drawn = [
-            sum(row["count"] * row["shapes"][0][0] for row in arm["products"] if row["shapes"][-1] == [8, VOCAB])
-            for arm in found["arms"].values()
+            sum(
+                row["count"] * row["shapes"][0][0]
+                for row in found["arms"][arm]["products"]
+                if row["shapes"][-1] == [8, VOCAB]
+            )
+            for arm in ("t05", "t1")
         ]
         assert drawn[0] > drawn[1] > 0  # 5 candidates decoded, as far as needed, against 1
 

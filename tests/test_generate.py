@@ -14,13 +14,9 @@ from torch import Tensor
 from nextvec import cli
 from nextvec.cli.generate import generate as verb
 from nextvec.config import (
-    AutoencoderConfig,
     AutoencoderRun,
-    BackboneConfig,
-    CalmConfig,
     CalmRun,
     DataSettings,
-    EnergyHeadConfig,
     TokenLMConfig,
     TokenLMRun,
 )
@@ -29,45 +25,15 @@ from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import save_run
-from nextvec.sampling.generate import Sampling, Step, generate, generate_texts, row_generator, stream_text
+from nextvec.sampling.generate import Step, generate, generate_texts, stream_text
+from nextvec.sampling.settings import Sampling, row_generator
 from nextvec.sampling.stream import TextStream, patch_texts
 from nextvec.sampling.temperature import batch_temperature, sample_logits
-from nextvec.text.tokenizer import byte_tokenizer, train_tokenizer
+from nextvec.text.tokenizer import train_tokenizer
+from sampling_models import BACKBONE, EOS, PAD, TOKENIZER, VOCAB, calm, calm_config, spread, token_lm
 
 CPU = torch.device("cpu")
-BACKBONE = BackboneConfig(layers=2, width=16, inner=24, heads=2)
-TOKENIZER = byte_tokenizer()
-VOCAB, EOS, PAD = TOKENIZER.vocab_size, TOKENIZER.eos_id, TOKENIZER.pad_id
 TEXT = "naïve café — 東京 🎲🎲 Ωmega, "
-
-
-def calm_config(patch_size: int) -> CalmConfig:
-    return CalmConfig(
-        autoencoder=AutoencoderConfig(vocab_size=VOCAB, patch_size=patch_size, width=16, inner=24, layers=2, latent=8),
-        backbone=BACKBONE,
-        head=EnergyHeadConfig(noise=8, blocks=1),
-    )
-
-
-def spread(model: torch.nn.Module) -> None:
-    """Weights so large that draws differ from each other and depend on the text so far."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.5, generator=generator)
-
-
-def calm(patch_size: int, dtype: torch.dtype = torch.float64) -> Calm:
-    model = Calm(calm_config(patch_size))
-    spread(model)
-    model.tokenizer = TOKENIZER
-    return model.to(dtype).eval()
-
-
-def token_lm(dtype: torch.dtype = torch.float64) -> TokenLM:
-    model = TokenLM(TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE))
-    spread(model)
-    model.tokenizer = TOKENIZER
-    return model.to(dtype).eval()
 
 
 def collect(steps: Sequence[Step]) -> list[tuple[list[int], str | None]]:
@@ -152,6 +118,22 @@ def test_a_text_is_a_function_of_its_seed() -> None:
     assert len({tuple(text) for text in texts}) == 3
 
 
+class Seen:
+    """A cache that holds the ids themselves, one list of patches per row."""
+
+    def __init__(self, texts: list[list[list[int]]]) -> None:
+        self.texts = texts
+
+    def rows(self, start: int, stop: int) -> Seen:
+        return Seen(self.texts[start:stop])
+
+    def copy(self, source: int, target: int) -> None:
+        self.texts[target][:] = self.texts[source]
+
+    def clear(self, row: int) -> None:
+        self.texts[row].clear()
+
+
 class Scripted:
     """A stand-in model, K = 3: the pool after p patches of a row that starts with token t is script[t, p], repeated."""
 
@@ -160,15 +142,19 @@ class Scripted:
     def __init__(self, script: dict[tuple[int, int], list[list[int]]]) -> None:
         self.script = script
         self.calls: list[tuple[int, int]] = []
+        self.read: list[list[list[list[int]]]] = []
 
-    def new_cache(self, rows: int, patches: int) -> list[Tensor]:
-        return []
+    def new_cache(self, rows: int, patches: int) -> Seen:
+        self.capacity = rows, patches
+        return Seen([[] for _ in range(rows)])
 
-    def states(self, ids_BPK: Tensor, cache: list[Tensor]) -> Tensor:
-        cache.append(ids_BPK)
-        seen = torch.cat(cache, dim=1)
-        first = seen[:, min(1, seen.shape[1] - 1), 0]
-        return torch.stack((first, torch.full_like(first, seen.shape[1])), dim=-1)[:, None]
+    def states(self, ids_BPK: Tensor, cache: Seen) -> Tensor:
+        self.read.append(ids_BPK.tolist())
+        for text, new in zip(cache.texts, ids_BPK.tolist(), strict=True):
+            text.extend(new)
+            assert len(text) <= self.capacity[1]
+        known = [(text[min(1, len(text) - 1)][0], len(text)) for text in cache.texts]
+        return torch.tensor(known)[:, None]
 
     def draw_tokens(self, state: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
         first, position = state.tolist()
@@ -225,32 +211,18 @@ def test_without_an_agreeing_draw_the_longest_agreement_counts_and_the_prompt_st
 
 
 def test_the_patch_that_holds_the_rest_of_the_prompt_becomes_the_next_input() -> None:
-    seen: list[Tensor] = []
-
-    class Watched(Scripted):
-        def states(self, ids_BPK: Tensor, cache: list[Tensor]) -> Tensor:
-            seen.append(ids_BPK)
-            return super().states(ids_BPK, cache)
-
-    model = Watched({(7, 2): [[2, 0, 0]], (2, 1): [[4, 4, 4], [7, 3, 3]]})
+    model = Scripted({(7, 2): [[2, 0, 0]], (2, 1): [[4, 4, 4], [7, 3, 3]]})
     steps = generate(model, [[7]], Sampling(1.0, 2, 9), eos_id=2, pad_id=0)  # type: ignore[arg-type]
     assert collect(list(steps)) == [([3, 3], "eos")]
-    assert [ids.tolist() for ids in seen] == [[[[2, 0, 0]]], [[[7, 3, 3]]]]  # the boundary, then the completed patch
+    assert model.read == [[[[2, 0, 0]]], [[[7, 3, 3]]]]  # the boundary, then the completed patch
 
 
 @pytest.mark.parametrize(("packed", "first"), [(False, [[[2, 0, 0], [10, 1, 1]]]), (True, [[[10, 1, 1]]])])
 def test_a_model_of_packed_documents_never_sees_a_padded_boundary(packed: bool, first: list[list[list[int]]]) -> None:
-    seen: list[Tensor] = []
-
-    class Watched(Scripted):
-        def states(self, ids_BPK: Tensor, cache: list[Tensor]) -> Tensor:
-            seen.append(ids_BPK)
-            return super().states(ids_BPK, cache)
-
-    model = Watched({(10, 2): [[2, 0, 0]], (10, 1): [[2, 0, 0]]})
+    model = Scripted({(10, 2): [[2, 0, 0]], (10, 1): [[2, 0, 0]]})
     steps = generate(model, [[10, 1, 1]], Sampling(1.0, 2, 9), eos_id=2, pad_id=0, packed=packed)  # type: ignore[arg-type]
     assert collect(list(steps)) == [([], "eos")]
-    assert seen[0].tolist() == first
+    assert model.read[0] == first
 
 
 def test_temperature_one_draws_one_candidate_where_nothing_is_given() -> None:

@@ -393,3 +393,41 @@ def test_the_figure_of_convergence_is_made_by_its_command(tmp_path: Path, capsys
             mine = [row["distance"] for row in rows if (row["law"], row["temperature"]) == (law, temperature)]
             assert mine[-1] < mine[0] or temperature == 1
     assert "total variation" in capsys.readouterr().out
+
+
+def cut_law(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
+    """The slow twin: tokens one by one from the most likely, until k of them or probability p are together."""
+    law = torch.tensor(logits, dtype=torch.float64).div(temperature).softmax(0).tolist()
+    order = sorted(range(len(law)), key=lambda token: (-law[token], token))[: top_k or len(law)]
+    kept, total, together = [], sum(law[token] for token in order), 0.0
+    for token in order:
+        if top_p is not None and together >= top_p * total:
+            break
+        kept.append(token)
+        together += law[token]
+    return [law[token] / together if token in kept else 0.0 for token in range(len(law))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, None), (3, None), (99, None), (None, 0.5), (None, 1e-9), (None, 1.0), (4, 0.7), (2, 0.99)]
+)
+def test_logits_are_cut_to_the_most_likely_tokens(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    logits = [0.3, 2.0, -1.0, 2.0, 1.1, 0.0]  # with a tie
+    draws = 20_000
+    rows = torch.tensor(logits).expand(draws, -1)
+    law = cut_law(logits, temperature, top_k, top_p)
+    found = sample_logits(rows, temperature, seeded(3), top_k, top_p).bincount(minlength=6)
+    for token, probability in enumerate(law):
+        if probability == 0:
+            assert found[token] == 0
+        else:
+            spread = math.sqrt(draws * probability * (1 - probability))
+            assert abs(float(found[token]) - draws * probability) <= 5 * spread + 1e-9
+
+
+def test_a_row_of_cut_logits_does_not_depend_on_its_neighbours() -> None:
+    logits = torch.randn(5, 30, generator=seeded(1))
+    together = sample_logits(logits, 0.8, [seeded(row) for row in range(5)], 10, 0.9)
+    for row in range(5):
+        assert sample_logits(logits[row : row + 1], 0.8, [seeded(row)], 10, 0.9)[0] == together[row]

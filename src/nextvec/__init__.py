@@ -21,7 +21,7 @@ _HOME = {
     "BrierResult": "nextvec.scoring.brier",
     "Calm": "nextvec.model.calm",
     "Run": "nextvec.rundir",
-    "Sampling": "nextvec.sampling.generate",
+    "Sampling": "nextvec.sampling.settings",
     "TokenLM": "nextvec.model.token_lm",
     "TokenShards": "nextvec.text.shards",
     "UserError": "nextvec.errors",
@@ -74,7 +74,8 @@ if TYPE_CHECKING:
     from nextvec.presets import preset
     from nextvec.reference.convert import convert, convert_back
     from nextvec.rundir import Run, load_run
-    from nextvec.sampling.generate import Sampling, generate
+    from nextvec.sampling.generate import generate
+    from nextvec.sampling.settings import Sampling
     from nextvec.scoring.brier import BrierResult
     from nextvec.scoring.energy import energy_score_loss
     from nextvec.text.prepare import prepare

@@ -115,6 +115,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
     if not isinstance(model, Autoencoder):
         model.tokenizer = tokenizer
         model.packed = isinstance(config, RunConfig) and config.data.packing == "packed" and model.patch_size > 1
+        model.context_tokens = config.data.context_tokens if isinstance(config, RunConfig) else None
     return Run(path, config, model, tokenizer)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextvec.bench import plain
-from nextvec.bench.sampling import Evaluation, Generation
+from nextvec.bench import plain, plain_generation
+from nextvec.bench.sampling import Evaluation, Generation, PlainGeneration
 from nextvec.bench.steps import DATA, OPTIMISER, OTHER, TrainStep, Work
 from nextvec.evaluate import brier
 from nextvec.hardware import synchronize
@@ -26,7 +26,7 @@ from nextvec.model import autoencoder as autoencoder_module
 from nextvec.model.calm import Calm
 from nextvec.model.heads import energy
 from nextvec.model.token_lm import TokenLM
-from nextvec.sampling import generate
+from nextvec.sampling import draw
 from nextvec.train import objectives
 
 BACKBONE, HEAD, ENERGY, AUTOENCODER, VOCABULARY = "backbone", "head", "energy loss", "autoencoder", "vocabulary"
@@ -131,6 +131,8 @@ def places_of(work: Work) -> list[Place]:
     """The parts of what the benchmarks measure."""
     if isinstance(work, TrainStep):
         return training_places(work.module)
+    if isinstance(work, PlainGeneration):
+        return plain_sampling_places(work)
     assert isinstance(work, Generation | Evaluation)
     return sampling_places(work.model)
 
@@ -163,7 +165,7 @@ def training_places(module: Any) -> list[Place]:
 def sampling_places(model: Calm | TokenLM) -> list[Place]:
     """The parts of generation and of evaluation."""
     places: list[Place] = [(model, name, BACKBONE) for name in ("states", "trunk", "branch")]
-    places += [(generate, name, TEMPERATURE) for name in ("batch_temperature", "choose_patch", "sample_logits")]
+    places += [(draw, name, TEMPERATURE) for name in ("batch_temperature", "choose_patch", "sample_logits")]
     places += [(brier, "brier_scores", SCORES)]
     if isinstance(model, TokenLM):
         return [*places, (model, "draw_tokens", TEMPERATURE), (model, "logits", VOCABULARY)]
@@ -171,6 +173,19 @@ def sampling_places(model: Calm | TokenLM) -> list[Place]:
     decoding = ("decode_tokens", "decode_stem", "decode_place", "decode_hidden")
     places += [(decoder, name, AUTOENCODER) for name in decoding]
     return [*places, (decoder.vocabulary(), "argmax", VOCABULARY), (model.head, "draw", HEAD)]
+
+
+def plain_sampling_places(work: PlainGeneration) -> list[Place]:
+    """The parts of generation by the authors' algorithm."""
+    model = work.plain
+    return [
+        (model.compressor, "forward", BACKBONE),
+        (plain_generation, "cached_states", BACKBONE),
+        (model, "draw_latents", HEAD),
+        (plain_generation, "all_logits", VOCABULARY),
+        (model.autoencoder, "decode_hidden", AUTOENCODER),
+        (plain_generation, "choose", TEMPERATURE),
+    ]
 
 
 @contextmanager

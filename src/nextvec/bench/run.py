@@ -19,13 +19,15 @@ from nextvec import __version__
 from nextvec.bench import memory, parts, sampling
 from nextvec.bench.limits import Stopwatch, collect, square_rates
 from nextvec.bench.settings import training_config
-from nextvec.bench.steps import SYNTHETIC, TrainStep, Work, write_text
+from nextvec.bench.steps import SYNTHETIC, Arm, TrainStep, Work, write_text
 from nextvec.bench.work import Spec, make_work
+from nextvec.config import CalmConfig, EnergyHeadConfig
 from nextvec.errors import ConfigError
 from nextvec.hardware import Precision, choose_device, choose_precision, environment, memory_rate, synchronize
 from nextvec.rundir import read_config
 
 FORMAT = 1
+PLAIN = "plain_"  # before the name of an arm: the same by the plain path
 TEXT_WINDOWS = 256  # windows of synthetic text, so that no cache holds it all
 BREAKDOWNS = 5  # calls of each arm that are broken down
 MOST_CALLS = 1000  # of one arm in one repeat
@@ -37,6 +39,8 @@ DEFINITIONS = {
     "flops_per_s": "operations of these products, a multiply-add counted as 2, per second of the step",
     "peak_bytes": memory.MEANING,
     "breakdown": parts.MEANING,
+    "pools": "of generation below temperature 1, untimed: draws that are unique in their pool's tokens, pools of one patch alone",
+    "ratios": "of generation: of each temperature, tokens_per_s against the plain arm's",
     "load_average": "processes that wanted to run, averaged over the last minute: at the start, and after the timed repeats",
 }
 
@@ -96,15 +100,22 @@ def bench_training(what: str, source: str, overrides: Sequence[str], settings: S
 def bench_generate(
     run: Path, prompt: str, candidates: int, tokens: int, settings: Settings, say: Say
 ) -> dict[str, Any]:
-    """Generation by a trained run at batch 1: T = 0.5 with N candidates (the figures at the top), and T = 1."""
+    """Generation by a trained run at batch 1: T = 0.5 with N candidates (the figures at the top), and T = 1.
+
+    A CALM's with the energy head also by the authors' algorithm, in the same dtype.
+    """
     device = choose_device(settings.device)
     precision = _precision("fp32" if settings.precision == "auto" else settings.precision, device)
+    model = read_config(run).model
+    plain = settings.plain and isinstance(model, CalmConfig) and isinstance(model.head, EnergyHeadConfig)
+    arms: list[Arm] = ["ours", "plain"] if plain else ["ours"]
     specs = {
-        name: Spec(
-            kind="generate", run=str(run), prompt=prompt, temperature=temperature, candidates=candidates, tokens=tokens,
-            device=str(device), precision=precision, threads=torch.get_num_threads(),
+        (PLAIN if arm == "plain" else "") + name: Spec(
+            kind="generate", arm=arm, run=str(run), prompt=prompt, temperature=temperature, candidates=candidates,
+            tokens=tokens, device=str(device), precision=precision, threads=torch.get_num_threads(),
         )
         for name, temperature in (("t05", 0.5), ("t1", 1.0))
+        for arm in arms
     }  # fmt: skip
     return _bench_run(run, "generate", specs, device, precision, settings, say)
 
@@ -132,10 +143,12 @@ def _bench_run(
     say: Say,
 ) -> dict[str, Any]:
     found = _measure(specs, settings, say)
-    first = next(iter(found.values()))
+    first = next(iter(found))
     config = read_config(run)
+    ratios = {name: _ratios(found[name], found[PLAIN + name]) for name in found if PLAIN + name in found}
     return {
-        **_figures(first, None),
+        **_figures(found[first], found.get(PLAIN + first)),
+        "ratios": ratios,
         **_header(what, device, precision, 0),
         "run": str(run),
         "training_tokens": sampling.training_tokens(run),
@@ -182,6 +195,8 @@ def _measure(specs: Mapping[str, Spec], settings: Settings, say: Say) -> dict[st
         }
         if isinstance(work, sampling.Evaluation):
             found[name]["context_tokens"] = work.context_tokens
+        if isinstance(work, sampling.Generation) and not isinstance(work, sampling.PlainGeneration):
+            found[name]["pools"] = work.pools()
     return found
 
 
@@ -246,6 +261,12 @@ def _figures(ours: dict[str, Any], plain: dict[str, Any] | None) -> dict[str, An
             "ratio": None if plain is None else _ends(pair_ratios(ours, plain)),
         },
     }
+
+
+def _ratios(ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
+    """Of the medians, and the ends of the single repeats'."""
+    ratio = ours["tokens_per_s"]["median"] / plain["tokens_per_s"]["median"]
+    return {**_ends(pair_ratios(ours, plain)), "median": ratio}
 
 
 def pair_ratios(ours: dict[str, Any], plain: dict[str, Any]) -> list[float]:

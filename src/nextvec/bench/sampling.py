@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from nextvec.bench.plain_generation import plain_calm, plain_text
 from nextvec.bench.steps import OTHER
 from nextvec.config import RunConfig
 from nextvec.errors import ConfigError, DataError
 from nextvec.evaluate.brier import Document, evaluate_brier, plan_windows
 from nextvec.evaluate.documents import read_documents
+from nextvec.evaluate.windows import BASELINE_STRIDE
 from nextvec.hardware import DTYPES, Precision
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import Run, load_run
-from nextvec.sampling.generate import Sampling, generate
+from nextvec.sampling.engine import Engine, Pool
+from nextvec.sampling.generate import generate
+from nextvec.sampling.settings import Sampling, row_generator
 from nextvec.train.data import data_folders
 
-BASELINE_STRIDE = 4  # tokens between scored positions of a token baseline, as `nextvec eval`
 MOST_TEXTS = 16  # texts of one unit, where the model ends them early
 WARM_TOKENS = 8
 
 
 class Generation:
-    """Texts from one prompt at batch 1 through the generation loop, seeds 0, 1, .. until `tokens` are drawn."""
+    """Texts from one prompt at batch 1 through the generation loop, seeds 0, 1, .. until `tokens` are drawn.
+
+    Of the prompt its whole patches: the plain arm knows no others.
+    """
 
     def __init__(self, run: Run, prompt: str, sampling: Sampling) -> None:
         self.mark: Callable[[str], None] = lambda part: None
@@ -35,7 +42,8 @@ class Generation:
         assert isinstance(run.model, Calm | TokenLM)
         self.model = run.model
         self._tokenizer = run.text_tokenizer
-        self._prompt = self._tokenizer.encode(prompt)
+        ids = self._tokenizer.encode(prompt)
+        self._prompt = ids[: len(ids) // run.model.patch_size * run.model.patch_size]
         counts: list[int] = []
         while sum(counts) < sampling.max_tokens and len(counts) < MOST_TEXTS:
             counts.append(self._text(len(counts), sampling.max_tokens))
@@ -57,6 +65,46 @@ class Generation:
         tokenizer = self._tokenizer
         steps = generate(self.model, [self._prompt], settings, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         return sum(len(step.tokens[0]) for step in steps)
+
+    def pools(self) -> dict[str, float] | None:
+        """Of the pools of all patches: candidates, the mean share that is unique, the share that is unanimous."""
+        found: list[Pool] = []
+        for seed in range(self.texts):
+            engine = Engine(
+                self.model,
+                eos_id=self._tokenizer.eos_id,
+                pad_id=self._tokenizer.pad_id,
+                slots=1,
+                capacity=2 + len(self._prompt) + self._sampling.max_tokens,
+            )
+            engine.add(self._prompt, replace(self._sampling, seed=seed))
+            while len(engine):
+                found += [event.pool for event in engine.step() if event.pool.copies is not None]
+        if not found:
+            return None
+        return {
+            "candidates": self._sampling.candidates,
+            "unique": sum(pool.unique / pool.draws for pool in found) / len(found),
+            "unanimous": sum(pool.unanimous for pool in found) / len(found),
+        }
+
+
+class PlainGeneration(Generation):
+    """The same by the authors' algorithm, for a CALM."""
+
+    def __init__(self, run: Run, prompt: str, sampling: Sampling) -> None:
+        assert isinstance(run.model, Calm)
+        self.plain = plain_calm(run.model)
+        super().__init__(run, prompt, sampling)
+
+    def _text(self, seed: int, tokens: int) -> int:
+        self.mark(OTHER)
+        chosen, tokenizer = self._sampling, self._tokenizer
+        ids = plain_text(
+            self.plain, self._prompt, chosen.temperature, chosen.candidates, tokens,
+            row_generator(seed, 0, self.model.device), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        )  # fmt: skip
+        return len(ids)
 
 
 class Evaluation:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 BUSY = 0.5  # of the cores: load average from which other work spoils the figures
-NAMES = {"ours": "nextvec", "plain": "plain", "t05": "T = 0.5", "t1": "T = 1", "evaluate": "evaluation"}
+NAMES = {"ours": "nextvec", "plain": "plain", "evaluate": "evaluation"}
+NAMES |= {"t05": "T = 0.5", "t1": "T = 1", "plain_t05": "plain 0.5", "plain_t1": "plain 1"}
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -27,9 +28,18 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"{arm['share_of_limit']:.0%} of the time is what its matrix products take alone, "
             f"{arm['flops_per_s'] / 1e9:,.0f} GFLOP/s"
         )
-    if found["ratio"] is not None:
-        ends = found["repeats"]["ratio"]
-        rows.append(f"{'ratio':<11}{found['ratio']:>12.2f} ({ends['min']:.2f} to {ends['max']:.2f} in single repeats)")
+        pools = arm.get("pools")
+        if pools is not None:
+            rows.append(
+                f"{'':<11}of {pools['candidates']} candidates {pools['unique']:.0%} are unique; {pools['unanimous']:.0%} of "
+                "pools are unanimous"
+            )
+    ratios = found.get("ratios", {})
+    if not ratios and found["ratio"] is not None:
+        ratios = {"": {**found["repeats"]["ratio"], "median": found["ratio"]}}
+    for name, ratio in ratios.items():
+        title = f"ratio {NAMES.get(name, '')}"
+        rows.append(f"{title:<14}{ratio['median']:>9.2f} ({ratio['min']:.2f} to {ratio['max']:.2f} in single repeats)")
     squares = [f"{row['dtype']} {row['side']}: {_rate(row['flops_per_s'])}" for row in found["limits"]["matmul"]]
     rows.append(
         f"square products in GFLOP/s: {', '.join(squares)}; memory {found['limits']['memory_bytes_per_s'] / 1e9:,.0f} GB/s"

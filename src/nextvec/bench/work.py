@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from nextvec.bench.sampling import Evaluation, Generation, held_out, load_trained
+from nextvec.bench.sampling import Evaluation, Generation, PlainGeneration, held_out, load_trained
 from nextvec.bench.steps import Arm, TrainStep, Work
 from nextvec.config import Config, parse_run
 from nextvec.hardware import Precision
-from nextvec.sampling.generate import Sampling
+from nextvec.sampling.settings import Sampling
 
 
 class Spec(Config):
@@ -25,7 +25,7 @@ class Spec(Config):
     text: str | None = None  # training: synthetic shards; evaluate: held-out text, None: beside the training shards
     tokens: int = 0  # generate: of one unit, at most; evaluate: of documents, each counted once
 
-    arm: Arm = "ours"  # training
+    arm: Arm = "ours"  # training, generate
     config: dict[str, Any] = Field(default_factory=dict)  # training: a RunConfig
 
     run: str = ""  # generate, evaluate: the trained run
@@ -43,5 +43,6 @@ def make_work(spec: Spec) -> Work:
         return TrainStep(parse_run(spec.config, "config"), spec.arm, Path(spec.text), device, spec.precision)
     run = load_trained(Path(spec.run), device, spec.precision)
     if spec.kind == "generate":
-        return Generation(run, spec.prompt, Sampling(spec.temperature, spec.candidates, spec.tokens))
+        kind = PlainGeneration if spec.arm == "plain" else Generation
+        return kind(run, spec.prompt, Sampling(spec.temperature, spec.candidates, spec.tokens))
     return Evaluation(run, held_out(run, spec.text, spec.tokens), spec.draws)

@@ -32,7 +32,8 @@ def generate(
     from nextvec.model.calm import Calm
     from nextvec.model.token_lm import TokenLM
     from nextvec.rundir import load_run, read_config
-    from nextvec.sampling.generate import Sampling, stream_text
+    from nextvec.sampling.generate import stream_text
+    from nextvec.sampling.settings import Sampling
     from nextvec.sampling.stream import patch_texts
 
     Sampling(temperature, candidates, max_tokens, seed)  # a bad value is told before a large model loads

@@ -20,7 +20,8 @@ from nextvec.files import write_json
 from nextvec.hardware import environment
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
-from nextvec.sampling.generate import Sampling, generate
+from nextvec.sampling.generate import generate
+from nextvec.sampling.settings import Sampling
 from nextvec.sampling.stream import patch_texts
 from nextvec.scoring.brier import BrierResult
 

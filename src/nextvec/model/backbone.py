@@ -1,6 +1,6 @@
 """The causal Transformer over positions, with a key/value cache and with branches.
 
-Legend: B batch, P positions, D width, H heads, E head dimension, C cached positions, N branches.
+Legend: B batch, P positions, D width, H heads, E head dimension, N branches.
 """
 
 from __future__ import annotations
@@ -13,48 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.config import BackboneConfig
+from nextvec.model.cache import KVCache
 from nextvec.model.layers import Block, RMSNorm, rotary_table
-
-
-class KVCache:
-    """Preallocated keys and values of every layer, (layers, 2, B, H_kv, capacity, E), and the rotations of all positions.
-
-    A bf16 model's cache on a CPU is float32: one query against the cache is then 2 to 6 times faster, and rounded less.
-    """
-
-    def __init__(
-        self, config: BackboneConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        wide = torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
-        shape = (config.layers, 2, rows, config.key_value_heads, capacity, config.head_dim)
-        self.store = torch.zeros(shape, device=device, dtype=wide)
-        self.length = 0
-        positions = torch.arange(capacity, device=device)
-        self._cos, self._sin = rotary_table(positions, config.head_dim, config.rope_base, dtype)
-
-    @property
-    def capacity(self) -> int:
-        return self.store.shape[-2]
-
-    def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the next positions. Raises ValueError when there is no room for them."""
-        end = self.length + positions
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions; got {end}: make a larger one")
-        return self._cos[self.length : end], self._sin[self.length : end]
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, H_kv, P, E) keys and values after those counted in `length`; return all of this layer."""
-        end = self.length + key.shape[-2]
-        keys, values = self.store[layer].unbind(0)
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def take(self, rows: Tensor) -> None:
-        """Go on with these rows, which may repeat: finished ones leave, samples of one prompt share its prefill."""
-        self.store = self.store[:, :, rows]
-
 
 Layers = list[tuple[Tensor, Tensor]]  # rotated keys and values of every layer
 
@@ -80,33 +40,31 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(self, x_BPD: Tensor, cache: KVCache | None = None) -> Tensor:
-        """States of all positions; with a cache, the positions follow those cached and are appended to it."""
+        """States of all positions; with a cache, each row's positions follow those it holds and are appended to them."""
         if cache is None:
             cos, sin = self._rotary(torch.arange(x_BPD.shape[1], device=x_BPD.device), x_BPD)
             for block in self.blocks:
                 x_BPD = block(x_BPD, cos, sin)
             return self.norm(x_BPD)
-        start, positions = cache.length, x_BPD.shape[1]
-        cos, sin = cache.rotary(positions)
-        mask = None
-        if start and positions > 1:
-            mask = torch.ones(positions, start + positions, dtype=torch.bool, device=x_BPD.device).tril(start)
+        positions = x_BPD.shape[1]
+        reading = cache.reading(positions)
+        alone = reading.start == 0 and positions > 1  # nothing held: the new positions see each other only
         for layer, block in enumerate(cast("list[Block]", self.blocks)):
-            query, key, value = block.attention.project(block.attention_norm(x_BPD), cos, sin)
-            keys, values = cache.append(layer, key, value)
-            if start or positions == 1:
+            query, key, value = block.attention.project(block.attention_norm(x_BPD), reading.cos, reading.sin)
+            keys, values = reading.append(layer, key, value)
+            if not alone:
                 query, key, value = query.to(keys.dtype), keys, values
             mixed_BHPE = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                mask,
-                is_causal=positions > 1 and not start,
+                reading.mask,
+                is_causal=alone,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
             x_BPD = x_BPD + block.attention.out(mixed_BHPE.transpose(1, 2).flatten(-2).to(x_BPD.dtype))
             x_BPD = x_BPD + block.mlp(block.mlp_norm(x_BPD))
-        cache.length += positions
+        cache.lengths += positions
         return self.norm(x_BPD)
 
     def trunk(self, x_BPD: Tensor) -> tuple[Tensor, Trunk]:

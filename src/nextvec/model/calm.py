@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nextvec.config import CalmConfig
 from nextvec.model.autoencoder import Autoencoder, Posterior
-from nextvec.model.backbone import Backbone, KVCache, Trunk
+from nextvec.model.backbone import Backbone, Trunk
+from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
 from nextvec.model.heads.interface import Generators, Metrics
 
@@ -54,6 +55,7 @@ class Calm(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.packed = False  # trained on packed documents, where no patch is padded
+        self.context_tokens: int | None = None  # tokens of a training window, where it is known
         self.compressor = Compressor(config.vocab_size, config.patch_size, width)
         self.backbone = Backbone(config.backbone)
         self.head = build_head(config)
@@ -118,9 +120,7 @@ class Calm(nn.Module):
         """The frozen autoencoder's posterior of the target patches: the distribution that the head learns."""
         return self.autoencoder.encode(ids_NK)
 
-    def loss(
-        self, state_ND: Tensor, target_NK: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Metrics]:
+    def loss(self, state_ND: Tensor, target_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """The head's mean loss of states (..., D) against the patches (..., K) that follow them, and detached figures."""
         target: Any = self.teacher(target_NK) if self.has_latents else target_NK
         return self.head.loss(state_ND, target, generator)

@@ -7,7 +7,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from nextvec.model.backbone import KVCache, Trunk
+from nextvec.model.backbone import Trunk
+from nextvec.model.cache import KVCache
 
 
 class LanguageModel(Protocol):

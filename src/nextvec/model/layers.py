@@ -53,9 +53,9 @@ def rotary_table(positions_P: Tensor, head_dim: int, base: float, dtype: torch.d
 
 
 def rotate(x_BPHE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
-    """Rotary position embedding, half-split (Llama's layout)."""
+    """Rotary position embedding, half-split (Llama's layout); cos and sin for all rows, or (B, P, E) for each."""
     first, second = x_BPHE.chunk(2, dim=-1)
-    cos, sin = cos_PE[:, None, :], sin_PE[:, None, :]
+    cos, sin = cos_PE.unsqueeze(-2), sin_PE.unsqueeze(-2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.config import TokenLMConfig
-from nextvec.model.backbone import Backbone, KVCache, Trunk
+from nextvec.model.backbone import Backbone, Trunk
+from nextvec.model.cache import KVCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +30,7 @@ class TokenLM(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.packed = False  # with patches of one token, both packings are the same
+        self.context_tokens: int | None = None  # tokens of a training window, where it is known
         self.embedding = nn.Embedding(config.vocab_size, config.backbone.width)
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)

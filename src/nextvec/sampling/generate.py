@@ -1,85 +1,53 @@
 """The one generation loop: command line and Python get their text from here, patch by patch.
 
-A row's model input is  [eos, pad .. pad] [whole patches of the prompt] [patches drawn so far].  The first is the boundary
-that ends a document in aligned packing, so that an empty prompt, too, has a state to start from; a model trained on packed
-documents never saw it, so there a prompt of at least one whole patch stands alone. A prompt whose length is no multiple of K
-leaves r tokens over; the first patch drawn is conditioned on them: of its pool, the draws that begin with these tokens are
-kept (`temperature.condition`), and what they say after them is new text. No pad ever stands inside a text.
-
-Legend: B rows, P patches, K tokens per patch, D width, N candidates.
+`generate` speaks in token ids, `stream_pieces` and what is built on it in text; the rows themselves live in `engine.Engine`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import Protocol
 
 from nextvec.errors import DataError, UserError
 from nextvec.model.interface import LanguageModel
-from nextvec.model.packed import pack_linears
-from nextvec.sampling.pools import PlaceDecoder, choose_patch
-from nextvec.sampling.stream import TextStream
-from nextvec.sampling.temperature import batch_temperature, check_pool, check_temperature, condition, sample_logits
+from nextvec.sampling.engine import Engine, Event, Pool, inputs_needed
+from nextvec.sampling.settings import Finish, Sampling
+from nextvec.sampling.stream import StopStream
 from nextvec.text.tokenizer import Tokenizer
 
-Finish = Literal["eos", "length"]  # the model ended the text, or max_tokens was reached
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How patches are drawn. Raises UserError for values out of range."""
-
-    temperature: float = 0.5  # in (0, 1]; 1 is the model's own law [P: fluent text needs at most 0.5]
-    candidates: int = 200  # N, draws in a pool; unused where the model has likelihoods [P]
-    max_tokens: int = 256  # new tokens per row at most
-    seed: int = 0  # row i draws from a generator seeded by (seed, i)
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        for name in ("candidates", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+SLOTS = 32  # rows at work at once, at most; more prompts wait
 
 
 @dataclass(frozen=True)
 class Step:
-    """One patch per unfinished row, in the order of the prompts.
+    """One patch per unfinished row at work, in the order of the prompts (and of the samples of each).
 
     tokens: each row's new text ids, without the prompt's, the end-of-text token and what follows it; empty for a row that
-    finished earlier. finished: None while a row goes on; the reason from the step on in which it ended.
+    finished earlier or waits. finished: None while a row goes on; the reason from the step on in which it ended.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     finished: tuple[Finish | None, ...]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A row's text of one patch. tokens: ids drawn, also those whose text a stop string cut; pool: what it was chosen from."""
+
+    row: int
+    text: str
+    tokens: int
+    finished: Finish | None
+    pool: Pool
+
+
 class TextModel(LanguageModel, Protocol):
-    """A language model that knows its tokenizer and how its documents were laid out, as one loaded from a run does."""
+    """A language model that knows its tokenizer and how its text was laid out, as one loaded from a run does."""
 
     tokenizer: Tokenizer | None
     packed: bool
-
-
-@runtime_checkable
-class HasLogits(Protocol):
-    """A model with likelihoods of the next token (the baseline): its temperature needs no pool of candidates."""
-
-    def logits(self, state_ND: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class HasLatents(Protocol):
-    """A model that draws latents, which a decoder turns into patches: only those that matter need be decoded."""
-
-    autoencoder: PlaceDecoder
-    patch_size: int
-
-    def draw_latents(self, state_ND: Tensor, draws: int, generator: Sequence[torch.Generator]) -> Tensor: ...
+    context_tokens: int | None
 
 
 def generate(
@@ -90,23 +58,60 @@ def generate(
     eos_id: int,
     pad_id: int,
     packed: bool = False,
+    samples: int = 1,
+    context: int | None = None,
+    slide: bool = False,
+    deterministic: bool = False,
+    slots: int = SLOTS,
 ) -> Iterator[Step]:
     """Continue each prompt (token ids of any length, also none), one patch per row and step, until all rows finished.
 
-    A row ends at the end-of-text token, wherever it stands in its patch, or at `max_tokens`. A row's text does not depend on
-    the other rows (up to the rounding of batched products). `packed`: the model was trained on packed documents.
-    Raises UserError, at the call, for fewer candidates than the temperature needs and for ids outside the vocabulary.
+    Rows are `samples` for each prompt, side by side: row i is sample i % samples of prompt i // samples. A row ends at the
+    end-of-text token, wherever it stands in its patch, or at `max_tokens`. A row's text does not depend on the other rows
+    (up to the rounding of batched products; `deterministic` without exception). `packed`: the model was trained on packed
+    documents. `context`: tokens that it was trained to read; a longer prompt is refused unless `slide`, with which only as many
+    are read (`engine.Engine`). Closing the iterator frees all memory.
+    Raises UserError, at the call, for fewer candidates than the temperature needs, for ids outside the vocabulary, for top_k or
+    top_p where there are no likelihoods, and for a prompt beyond the context.
     """
-    if not isinstance(model, HasLogits):
-        check_pool(settings.temperature, settings.candidates)
+    engine = _engine(model, prompts, settings, eos_id, pad_id, packed, samples, context, slide, deterministic, slots)
+    return _steps(engine, len(prompts) * samples)
+
+
+def stream_pieces(
+    model: TextModel,
+    prompts: Sequence[str],
+    settings: Sampling,
+    *,
+    samples: int = 1,
+    stop: Sequence[str] = (),
+    slide: bool = False,
+    deterministic: bool = False,
+    slots: int = SLOTS,
+) -> Iterator[Piece]:
+    """The text of every row as its patches come, rows as in `generate`. A row's pieces, joined, are its whole text.
+
+    A text ends before the first of the `stop` strings that appears in it, wherever patches meet. Text that may be the
+    beginning of one, or of a character whose bytes are incomplete, is held back until it is decided. Raises UserError and
+    DataError, at the call.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError("this model has no tokenizer: load it with from_pretrained, or set model.tokenizer")
+    if isinstance(stop, str) or not all(stop):
+        raise UserError("stop must be a list of texts, none of them empty")
     for prompt in prompts:
-        for token in prompt:
-            if not 0 <= token < model.vocab_size:
-                raise UserError(
-                    f"prompt tokens must be in [0, {model.vocab_size}), the model's vocabulary; got {token}: "
-                    "encode the prompt with the model's own tokenizer"
-                )
-    return _run(model, prompts, settings, eos_id, pad_id, packed)
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise DataError(
+                "the prompt must be valid Unicode text; it holds bytes that are not UTF-8: encode it as UTF-8"
+            )
+    encoded = tokenizer.encode_batch(prompts)
+    engine = _engine(
+        model, encoded, settings, tokenizer.eos_id, tokenizer.pad_id, model.packed, samples, model.context_tokens, slide,
+        deterministic, slots,
+    )  # fmt: skip
+    streams = [StopStream(tokenizer, stop, before=ids) for ids in encoded for _ in range(samples)]
+    return _pieces(engine, streams)
 
 
 def stream_text(
@@ -117,146 +122,94 @@ def stream_text(
     candidates: int = Sampling.candidates,
     max_tokens: int = Sampling.max_tokens,
     seed: int = Sampling.seed,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[str] = (),
+    slide: bool = False,
+    deterministic: bool = False,
 ) -> Iterator[str]:
     """The continuation of `prompt`, one piece per patch; the pieces joined are the whole text (the prompt is not repeated).
 
-    A piece is empty while the bytes of a character are incomplete. Arguments as `Sampling`. Raises UserError, at the call.
+    A piece is empty while the bytes of a character are incomplete. Arguments as `Sampling` and `stream_pieces`. Raises
+    UserError, at the call.
     """
-    settings = Sampling(temperature, candidates, max_tokens, seed)
-    return (pieces[0] for pieces in _stream(model, [prompt], settings))
+    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p)
+    pieces = stream_pieces(model, [prompt], settings, stop=stop, slide=slide, deterministic=deterministic)
+    return (piece.text for piece in pieces)
 
 
-def generate_texts(model: TextModel, prompts: Sequence[str], settings: Sampling) -> list[str]:
-    """The continuation of each prompt, drawn together. The first equals `"".join(stream_text(model, prompts[0], ..))`."""
-    pieces = list(_stream(model, prompts, settings))
-    return ["".join(column) for column in zip(*pieces, strict=True)]
+def generate_texts(
+    model: TextModel, prompts: Sequence[str], settings: Sampling, *, samples: int = 1, stop: Sequence[str] = ()
+) -> list[str]:
+    """The continuation of each prompt, drawn together, `samples` of each side by side.
+
+    The first equals `"".join(stream_text(model, prompts[0], ..))`.
+    """
+    texts = [""] * (len(prompts) * samples)
+    for piece in stream_pieces(model, prompts, settings, samples=samples, stop=stop):
+        texts[piece.row] += piece.text
+    return texts
 
 
-def _stream(model: TextModel, prompts: Sequence[str], settings: Sampling) -> Iterator[list[str]]:
-    """Per step the text of each row's patch; a row's last piece completes its text."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise UserError("this model has no tokenizer: load it with from_pretrained, or set model.tokenizer")
-    for prompt in prompts:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise DataError(
-                "the prompt must be valid Unicode text; it holds bytes that are not UTF-8: encode it as UTF-8"
-            )
-    encoded = tokenizer.encode_batch(prompts)
-    ends = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    steps = generate(model, encoded, settings, packed=model.packed, **ends)
-    streams = [TextStream(tokenizer, before=ids) for ids in encoded]
-    return (
-        [
-            stream.push(ids) + (stream.finish() if end else "")
-            for stream, ids, end in zip(streams, step.tokens, step.finished, strict=True)
-        ]
-        for step in steps
-    )
-
-
-def _run(
+def _engine(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     settings: Sampling,
     eos_id: int,
     pad_id: int,
     packed: bool,
-) -> Iterator[Step]:
-    if isinstance(model, torch.nn.Module) and not model.training:
-        pack_linears(model)
-    boundary = [eos_id] + [pad_id] * (model.patch_size - 1)
-    by_length: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt) // model.patch_size, []).append(row)
-    groups = [
-        _Group(model, rows, [prompts[row] for row in rows], settings, [] if packed and patches else boundary)
-        for patches, rows in by_length.items()
-    ]
-    produced = [0] * len(prompts)
-    finished: list[Finish | None] = [None] * len(prompts)
-    while groups:
-        tokens: list[tuple[int, ...]] = [()] * len(prompts)
-        for group in groups:
-            for row, new in zip(group.rows, group.advance(), strict=True):
-                if finished[row] is not None:
-                    continue
-                kept, finished[row] = _cut(new, eos_id, settings.max_tokens - produced[row])
-                produced[row] += len(kept)
-                tokens[row] = tuple(kept)
-        groups = [group for group in groups if any(finished[row] is None for row in group.rows)]
+    samples: int,
+    context: int | None,
+    slide: bool,
+    deterministic: bool,
+    slots: int,
+) -> Engine:
+    """An engine with all rows in its queue; row numbers are 0, 1, .."""
+    longest = max(map(len, prompts), default=0)
+    if context is not None and longest > context and not slide:
+        raise UserError(
+            f"a prompt has {longest:,} tokens, and the model was trained to read {context:,}: shorten it, or let the window "
+            "slide over its end"
+        )
+    capacity = max(2, inputs_needed(longest, settings.max_tokens, model.patch_size))
+    if slide and context is not None:
+        capacity = min(capacity, max(2, context // model.patch_size))
+    engine = Engine(
+        model,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        slots=max(1, min(slots, len(prompts) * samples)),
+        capacity=capacity,
+        packed=packed,
+        slide=slide,
+        deterministic=deterministic,
+    )
+    for index, prompt in enumerate(prompts):
+        engine.add(prompt, settings, samples=samples, row=index * samples)
+    return engine
+
+
+def _steps(engine: Engine, rows: int) -> Iterator[Step]:
+    finished: list[Finish | None] = [None] * rows
+    while len(engine):
+        tokens: list[tuple[int, ...]] = [()] * rows
+        for event in engine.step():
+            tokens[event.row], finished[event.row] = event.tokens, event.finished
         yield Step(tuple(tokens), tuple(finished))
 
 
-def _cut(new: list[int], eos_id: int, room: int) -> tuple[list[int], Finish | None]:
-    """A patch's new ids before its end-of-text token and within `room`, and whether that ends the row."""
-    if eos_id in new[:room]:
-        return new[: new.index(eos_id)], "eos"
-    return new[:room], "length" if len(new) >= room else None
+def _pieces(engine: Engine, streams: list[StopStream]) -> Iterator[Piece]:
+    while len(engine):
+        for event in engine.step():
+            yield _piece(engine, streams[event.row], event)
 
 
-class _Group:
-    """Rows whose prompts have equally many whole patches: one cache, no padding, all advance together."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        rows: list[int],
-        prompts: list[Sequence[int]],
-        settings: Sampling,
-        boundary: list[int],
-    ) -> None:
-        size = model.patch_size
-        whole = len(prompts[0]) // size * size
-        rest = [list(prompt[whole:]) for prompt in prompts]
-        longest = max(map(len, rest))
-        self.rows, self._model, self._settings = rows, model, settings
-        self._generators = [row_generator(settings.seed, row, model.device) for row in rows]
-        inputs = torch.tensor([boundary + list(prompt[:whole]) for prompt in prompts], device=model.device)
-        self._input_BPK = inputs.unflatten(1, (-1, size))  # patches that the cache does not hold yet
-        # The last patch drawn is never an input, so this many steps fit: one for the rest, then whole patches.
-        self._cache = model.new_cache(len(rows), 1 + whole // size + -(-(longest + settings.max_tokens) // size))
-        self._given = [len(r) for r in rest]  # tokens of the next patch that the prompt gives
-        self._prefix = None
-        if longest:
-            prefix_BK = torch.tensor([r + [0] * (size - len(r)) for r in rest], device=model.device)
-            self._prefix = (prefix_BK, torch.tensor(self._given, device=model.device))
-
-    @torch.inference_mode()
-    def advance(self) -> list[list[int]]:
-        """Draw the next patch of every row; its ids without those that the prompt gave."""
-        state_BD = self._model.states(self._input_BPK, self._cache)[:, -1]
-        patch_BK = _draw_patch(self._model, state_BD, self._settings, self._generators, self._prefix)
-        self._input_BPK = patch_BK[:, None]
-        new = [patch[given:] for patch, given in zip(patch_BK.tolist(), self._given, strict=True)]
-        self._given, self._prefix = [0] * len(self.rows), None
-        return new
-
-
-def _draw_patch(
-    model: LanguageModel,
-    state_BD: Tensor,
-    settings: Sampling,
-    generators: list[torch.Generator],
-    prefix: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """One patch per row, (B, K), at the settings' temperature; `prefix`: tokens (B, K) it starts with, and how many (B,)."""
-    if isinstance(model, HasLogits):
-        return sample_logits(model.logits(state_BD), settings.temperature, generators)[:, None]
-    draws = 1 if settings.temperature == 1 and prefix is None else settings.candidates
-    if prefix is None and isinstance(model, HasLatents):
-        latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
-        decoder, size = model.autoencoder, model.patch_size
-        return choose_patch(decoder, latent_BNL, size, settings.temperature, generators).patch
-    pools = [model.draw_tokens(state_BD[row], draws, each) for row, each in enumerate(generators)]
-    candidates_BNK = torch.stack(pools)
-    if prefix is None:
-        return batch_temperature(candidates_BNK, settings.temperature, generators)
-    candidates_BNK, keep_BN = condition(candidates_BNK, *prefix)
-    return batch_temperature(candidates_BNK, settings.temperature, generators, keep_BN)
-
-
-def row_generator(seed: int, row: int, device: torch.device) -> torch.Generator:
-    """A row's own generator: a hash of (seed, row), so that neighbouring seeds and rows are unrelated."""
-    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+def _piece(engine: Engine, stream: StopStream, event: Event) -> Piece:
+    text = stream.push(event.tokens)
+    if event.finished is not None:
+        text += stream.finish()
+    finished = event.finished
+    if stream.stopped:
+        finished = "stop"
+        engine.cancel(event.row)
+    return Piece(event.row, text, len(event.tokens), finished, event.pool)

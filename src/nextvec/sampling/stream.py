@@ -43,6 +43,40 @@ class TextStream:
         return piece
 
 
+class StopStream:
+    """A TextStream that ends before the first of the `stop` strings; what may be the beginning of one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+        self._stream, self._stop = TextStream(tokenizer, before), tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that `ids` complete; nothing once stopped."""
+        return self._pass(self._stream.push(ids), last=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._pass(self._stream.finish(), last=True)
+
+    def _pass(self, new: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [text.find(stop) for stop in self._stop if stop in text]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0 if last else max((_begun(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`, without being all of it."""
+    return next(length for length in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:length]))
+
+
 def patch_texts(tokenizer: Tokenizer, ids: Sequence[int], patch_size: int) -> list[str]:
     """The text of `ids` cut at patch boundaries; a character spread over patches stands in the one that completes it."""
     stream = TextStream(tokenizer)

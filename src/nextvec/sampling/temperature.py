@@ -138,11 +138,26 @@ def condition(candidates_BNK: Tensor, prefix_BK: Tensor, length_B: Tensor) -> tu
     return torch.where(given_BK[:, None], prefix_BK[:, None], candidates_BNK), keep_BN
 
 
-def sample_logits(logits_BV: Tensor, temperature: float, generator: Generators) -> Tensor:
-    """One token per row, (B,) int64, from softmax(logits / T): the baseline's temperature, where likelihoods exist."""
+def sample_logits(
+    logits_BV: Tensor, temperature: float, generator: Generators, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """One token per row, (B,) int64, from softmax(logits / T): the baseline's temperature, where likelihoods exist.
+
+    Then, in this order: only the `top_k` most likely tokens, only the fewest most likely of those left that together have
+    probability `top_p` at least (always one). Of equal logits the lower id is the more likely.
+    """
     check_temperature(temperature)
     probability_BV = (logits_BV.to(_wide(logits_BV.device)) / temperature).softmax(dim=-1)
-    return pick(probability_BV, uniforms(generator, probability_BV))
+    if top_k is None and top_p is None:
+        return pick(probability_BV, uniforms(generator, probability_BV))
+    sorted_BV, token_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        sorted_BV, token_BV = sorted_BV[:, :top_k], token_BV[:, :top_k]
+    if top_p is not None:
+        before_BV = sorted_BV.cumsum(-1) - sorted_BV
+        whole_B1 = sorted_BV.sum(-1, keepdim=True)
+        sorted_BV = torch.where(before_BV < top_p * whole_B1, sorted_BV, 0.0)
+    return token_BV.gather(1, pick(sorted_BV, uniforms(generator, sorted_BV))[:, None])[:, 0]
 
 
 def _wide(device: torch.device) -> torch.dtype:
