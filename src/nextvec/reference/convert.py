@@ -84,8 +84,9 @@ def convert(
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     for part in parts:
         _check(part, shapes)
+    layout = _layout(parts, shapes)
     with atomic_open(destination / WEIGHTS, "w+b") as handle:
-        writer = TensorWriter(handle, _layout(parts, shapes))
+        writer = TensorWriter(handle, layout)
         for part in parts:
             by_name = {name: tensor for tensor in part.table for name in tensor.names}
             done: set[str] = set()
@@ -247,5 +248,9 @@ def _gather(path: Path, tensor: Published) -> Tensor:
 
 
 def _check_free(path: Path) -> None:
+    """Raises DataError unless `path` can be a new file in a folder that is there or can be made."""
+    taken = next((folder for folder in path.parents if folder.exists()), None)
+    if taken is not None and not taken.is_dir():
+        raise DataError(f"{taken} is a file; give a new directory")
     if path.exists():
         raise DataError(f"{path} exists already; give a new directory")

@@ -26,6 +26,7 @@ from nextvec.reference.names import Shape
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"  # ends the name of a list of shards
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+ZIP = b"PK\x03\x04"  # begins a file of torch.save since 1.6
 BLOCK = 1 << 24  # bytes compared at a time
 LISTED = 20  # names in an error
 
@@ -53,6 +54,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises DataError for a damaged file, and for a pickle that holds anything but tensors, without running it.
     """
+    if path.suffix != ".safetensors":
+        _check_zipped(path)
     try:
         found = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except pickle.UnpicklingError:
@@ -61,10 +64,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "get it again, best as safetensors"
         ) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise DataError(
-            f"{path} is damaged or cut off, and cannot be read ({reason[0] if reason else type(error).__name__}); get it again"
-        ) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise DataError(f"{path} is damaged or cut off, and cannot be read ({reason}); get it again") from None
     if not isinstance(found, dict):
         raise DataError(f"{path} holds a {type(found).__name__}, not the named tensors of a checkpoint")
     bad = sorted(str(name) for name, value in found.items() if not _is_plain(value))
@@ -152,6 +153,15 @@ def _shards(path: Path) -> list[Path]:
     if absent:
         raise DataError(f"{path} names shards that are not there: {listing(absent)}; get them too")
     return [path.parent / name for name in names]
+
+
+def _check_zipped(path: Path) -> None:
+    with open(path, "rb") as handle:
+        if handle.read(len(ZIP)) != ZIP:
+            raise DataError(
+                f"{path} is refused: it is not in the format of torch.save since 1.6 (it may be empty, a pointer of Git LFS, "
+                "or a bare pickle, which could run code); get it again, best as safetensors"
+            )
 
 
 def _unpickle(path: Path) -> object:
