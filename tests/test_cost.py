@@ -363,7 +363,11 @@ def test_flops_of_a_settings_file_and_a_run_are_counted_with_its_own_settings(tm
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(CONFIG.replace("data: {", "data: {path: shards, "))
     (same,) = json.loads(run(monkeypatch, capsys, str(tmp_path / "run"), "--json", "--no-auxiliary")[1])
+    assert same["train_tokens"] == row["train_tokens"]  # what is planned, until training has said how far it came
     assert same["train_flops"] == calm_cost(config, context=32, draws=5).training.total * same["train_tokens"]
+    rows = [{"kind": "train", "step": 7, "tokens": 2688}, {"kind": "note"}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert json.loads(run(monkeypatch, capsys, str(tmp_path / "run"), "--json")[1])[0]["train_tokens"] == 2688
 
 
 @pytest.mark.parametrize(

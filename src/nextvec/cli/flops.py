@@ -82,14 +82,17 @@ def _row(model: str, settings: dict[str, Any]) -> Row:
     from nextvec.evaluate.cost import cost
     from nextvec.presets import PRESETS, preset
     from nextvec.rundir import read_config
+    from nextvec.train.metrics import read_metrics
 
     run: ModelRun | None = None
+    trained: float | None = None
     published = None
     if model in PRESETS:
         config = preset(model)
         published = next((row for row in paper.TABLE if row.preset == model), None)
     elif Path(model).is_dir():
         run = read_config(model)
+        trained = next((row["tokens"] for row in reversed(read_metrics(Path(model))) if "tokens" in row), None)
     elif Path(model).is_file():
         data = load_yaml(Path(model))
         if isinstance(data, dict) and "imported" not in data:  # the path of the shards may be left to the command line
@@ -103,7 +106,10 @@ def _row(model: str, settings: dict[str, Any]) -> Row:
         config = run.model
         if isinstance(run, RunConfig):
             known["context"] = run.data.context_tokens // config.patch_size
-            known["tokens"] = run.train.steps * run.train.accumulate * run.data.rows * run.data.context_tokens
+            # a run that has begun says how far it came: steps are only the most where a time budget ends it
+            known["tokens"] = (
+                trained or run.train.steps * run.train.accumulate * run.data.rows * run.data.context_tokens
+            )
         if isinstance(run, CalmRun):
             known |= {"draws": run.energy.draws, "auxiliary": run.recipe.name == "fast"}
     allowed = {"tokens"}
