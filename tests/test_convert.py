@@ -20,7 +20,10 @@ from nextvec.config import (
     CalmConfig,
     CalmRun,
     DataSettings,
+    DiffusionHeadConfig,
     EnergyHeadConfig,
+    FlowHeadConfig,
+    HeadKind,
     ImportedCalm,
     TokenLMConfig,
     TokenLMRun,
@@ -49,8 +52,14 @@ from published import (
 # there and back
 
 
-@pytest.mark.parametrize("size", ["k4", "k2"])
-@pytest.mark.parametrize("part", ["energy", "autoencoder"])
+@pytest.mark.parametrize(
+    ("size", "part"),
+    [
+        *((size, part) for size in ("k4", "k2") for part in ("energy", "autoencoder")),
+        ("k4", "flow"),
+        ("k4", "diffusion"),
+    ],
+)
 def test_back_to_the_published_format_every_key_is_bit_for_bit_what_it_was(
     tmp_path: Path, size: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,12 +135,20 @@ def test_every_kind_of_file_gives_the_same_run(tmp_path: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("layers", [2, 4])
-def test_the_table_covers_our_model_exactly_once(kv_heads: int, layers: int) -> None:
+@pytest.mark.parametrize(
+    ("layers", "head"),
+    [
+        (2, EnergyHeadConfig(noise=7, blocks=2)),
+        (4, EnergyHeadConfig(noise=7, blocks=1)),
+        (2, FlowHeadConfig(blocks=2)),
+        (2, DiffusionHeadConfig(blocks=3)),
+    ],
+)
+def test_the_table_covers_our_model_exactly_once(kv_heads: int, layers: int, head: HeadKind) -> None:
     config = CalmConfig(
         autoencoder=AutoencoderConfig(vocab_size=11, width=6, inner=10, latent=5, layers=layers, patch_size=3),
         backbone=BackboneConfig(layers=2, width=16, inner=9, heads=4, kv_heads=kv_heads),
-        head=EnergyHeadConfig(noise=7, blocks=2),
+        head=head,
     )
     for model, table in (
         (Calm(config), calm_names(config)),
@@ -148,14 +165,19 @@ def test_the_table_covers_our_model_exactly_once(kv_heads: int, layers: int) -> 
         assert len(names) == len(set(names))
 
 
-def test_a_run_trained_here_goes_to_the_published_format_and_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "head",
+    [EnergyHeadConfig(noise=4, blocks=1), FlowHeadConfig(blocks=1), DiffusionHeadConfig(blocks=1)],
+    ids=lambda head: head.kind,
+)
+def test_a_run_trained_here_goes_to_the_published_format_and_back(tmp_path: Path, head: HeadKind) -> None:
     tokenizer = byte_tokenizer()
     config = CalmRun(
         data=DataSettings(path="shards", context_tokens=64),
         model=CalmConfig(
             autoencoder=AutoencoderConfig(vocab_size=259, width=8, inner=12, latent=6),
             backbone=BackboneConfig(layers=1, width=8, inner=12, heads=2),
-            head=EnergyHeadConfig(noise=4, blocks=1),
+            head=head,
         ),
     )
     model = build_model(config, torch.Generator().manual_seed(0))
@@ -325,11 +347,12 @@ def test_a_hub_id_is_fetched_settings_first(tmp_path: Path, monkeypatch: pytest.
         ("owner/CALM-M", ["pytorch_model*.bin"], "0123abc"),
     ]
     assert "| source | owner/CALM-M, revision 0123abc |" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
-    flow = Hub(tmp_path / "run", FIXTURES / "k4" / "flow")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", flow)
-    with pytest.raises(ConfigError, match="owner/flow is a FlowTransformer"):
-        convert("owner/flow", tmp_path / "flow")
-    assert [patterns for _, patterns, _ in flow.calls] == [["*.json"]]  # gigabytes were not fetched for nothing
+    other = Path(checkpoint(tmp_path / "other", architectures=["LlamaForCausalLM"]))
+    strange = Hub(tmp_path / "run", other)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", strange)
+    with pytest.raises(ConfigError, match="owner/other has architecture 'LlamaForCausalLM'"):
+        convert("owner/other", tmp_path / "strange")
+    assert [patterns for _, patterns, _ in strange.calls] == [["*.json"]]  # gigabytes were not fetched for nothing
 
 
 def test_an_unreachable_hub_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

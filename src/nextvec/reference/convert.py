@@ -29,6 +29,7 @@ from nextvec.files import atomic_open, write_json
 from nextvec.reference.hub import Checkpoint, open_checkpoint
 from nextvec.reference.names import IN_LM, Place, Published, Shape, autoencoder_names, calm_names, inside_lm
 from nextvec.reference.settings import (
+    LANGUAGE_MODELS,
     autoencoder_inside,
     generation_settings,
     kept_aside,
@@ -66,7 +67,7 @@ class Converted:
 def convert(
     source: str, destination: Path, *, autoencoder: str | None = None, tokenizer: str | Path | None = None
 ) -> Converted:
-    """Write the run directory `destination` from a published checkpoint: the autoencoder, or CALM with the energy head.
+    """Write the run directory `destination` from a published checkpoint: the autoencoder, or CALM with any published head.
 
     source: a directory, or an id on the Hugging Face hub; the autoencoder is the one inside the language model's file
     unless `autoencoder`, another such source, is given. tokenizer: anything `load_tokenizer` takes; by default the
@@ -105,6 +106,8 @@ def convert_back(run: str | Path, destination: Path) -> ModelRun:
     config = read_config(run)
     if isinstance(config.model, TokenLMConfig):
         raise ConfigError(f"{run} is a token_lm; the published format is for an autoencoder and CALM")
+    if isinstance(config.model, CalmConfig) and config.model.head.kind not in LANGUAGE_MODELS.values():
+        raise ConfigError(f"{run} has the {config.model.head.kind} head, which the published format does not know")
     _check_free(destination / PICKLED)
     table = calm_names(config.model) if isinstance(config.model, CalmConfig) else autoencoder_names(config.model)
     shapes = _shapes(config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from nextvec.config import AutoencoderConfig, CalmConfig
+from nextvec.config import AutoencoderConfig, CalmConfig, DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig
 
 Shape = tuple[int, ...]
 IN_LM = "ae_model."  # prefix of the autoencoder's tensors in a published language model
@@ -75,12 +75,15 @@ def autoencoder_names(config: AutoencoderConfig) -> list[Published]:
 
 
 def calm_names(config: CalmConfig, autoencoder: bool = True) -> list[Published]:
-    """Every tensor of a published language model with the energy head, with or without the autoencoder in it."""
+    """Every tensor of a published language model, with or without the autoencoder in it."""
     table = [_same("transformer.embed_tokens.weight", "compressor.embedding.weight")]
     for layer in (0, 2, 3):
         table += _linear(f"embed_proj.{layer}", f"compressor.project.{layer}")
     table += _backbone(config)
-    table += [_again(tensor) for tensor in _energy_head(config)]
+    if isinstance(config.head, EnergyHeadConfig):
+        table += [_again(tensor) for tensor in _energy_head(config.head)]
+    elif isinstance(config.head, FlowHeadConfig | DiffusionHeadConfig):
+        table += _adaln_head(config.head.blocks)
     if autoencoder:
         table += [_inside(tensor) for tensor in autoencoder_names(config.autoencoder)]
     return table
@@ -108,7 +111,7 @@ def _backbone(config: CalmConfig) -> list[Published]:
     return table
 
 
-def _energy_head(config: CalmConfig) -> list[Published]:
+def _energy_head(config: EnergyHeadConfig) -> list[Published]:
     table = []
     for theirs, ours in (
         ("noise_embd", "noise_in"),
@@ -120,7 +123,7 @@ def _energy_head(config: CalmConfig) -> list[Published]:
         ("final_layer.linears.2", "out"),
     ):
         table += _linear(f"mlp_generator.{theirs}", f"head.{ours}")
-    for block in range(config.head.blocks):
+    for block in range(config.blocks):
         theirs, ours = f"mlp_generator.mlp_blocks.{block}", f"head.blocks.{block}"
         halves = (Place(f"{ours}.from_draw.weight"), Place(f"{ours}.from_state.weight"))
         table += [
@@ -132,6 +135,28 @@ def _energy_head(config: CalmConfig) -> list[Published]:
             *_linear(f"{theirs}.down_proj", f"{ours}.down"),
         ]
     return table
+
+
+def _adaln_head(blocks: int) -> list[Published]:
+    """The network of the flow and diffusion heads."""
+    theirs, ours = "generative_head.net", "head.net"
+    parts = {
+        "time_embed.mlp.0": "time_in",
+        "time_embed.mlp.2": "time_out",
+        "cond_embed": "state_in",
+        "input_proj": "latent_in",
+        "final_layer.linear": "out",
+        "final_layer.adaLN_modulation.1": "modulation",
+    }
+    for block in range(blocks):
+        for name, part in (
+            ("in_ln", "norm"),
+            ("mlp.0", "first"),
+            ("mlp.2", "second"),
+            ("adaLN_modulation.1", "modulation"),
+        ):
+            parts[f"res_blocks.{block}.{name}"] = f"blocks.{block}.{part}"
+    return [tensor for name, part in parts.items() for tensor in _linear(f"{theirs}.{name}", f"{ours}.{part}")]
 
 
 def _same(theirs: str, ours: str) -> Published:

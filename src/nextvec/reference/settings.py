@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from nextvec.config import (
+    HEADS,
     AutoencoderConfig,
     BackboneConfig,
     CalmConfig,
@@ -25,8 +26,8 @@ from nextvec.reference.names import IN_LM, Shape
 from nextvec.text.tokenizer import Tokenizer
 
 Kind = Literal["autoencoder", "calm"]
-ARCHITECTURES: dict[str, Kind] = {"Autoencoder": "autoencoder", "EnergyTransformer": "calm"}
-OTHER_HEADS = {"FlowTransformer": "flow-matching", "DiffusionTransformer": "diffusion"}
+LANGUAGE_MODELS = {"EnergyTransformer": "energy", "FlowTransformer": "flow", "DiffusionTransformer": "diffusion"}
+ARCHITECTURES: dict[str, Kind] = {"Autoencoder": "autoencoder", **dict.fromkeys(LANGUAGE_MODELS, "calm")}
 
 # published key -> our field
 AUTOENCODER = {
@@ -50,11 +51,12 @@ BACKBONE = {
     "rope_theta": "rope_base",
     "rms_norm_eps": "norm_eps",
 }
-HEAD = {"noise_size": "noise", "num_mlp_layers": "blocks"}
+BLOCKS = {"num_mlp_layers": "blocks"}
+HEAD = {"energy": {"noise_size": "noise", **BLOCKS}, "flow": BLOCKS, "diffusion": BLOCKS}
 SHARED = ("vocab_size", "patch_size", "latent_size")  # what a language model and its autoencoder must agree on
 MAPPED: dict[Kind, set[str]] = {
     "autoencoder": {"architectures", "num_decoder_layers", *AUTOENCODER},
-    "calm": {"architectures", *BACKBONE, *HEAD, *SHARED},
+    "calm": {"architectures", *BACKBONE, *SHARED},
 }
 
 # Settings of the format that our layers have only one way of; any other value would be another function.
@@ -71,17 +73,12 @@ WRITTEN_CALM = {"attention_bias": False, "attention_dropout": 0.0, "rope_scaling
 
 
 def kind_of(settings: Any, source: str) -> Kind:
-    """What `architectures` says. Raises ConfigError for a head that we have not got, or another model altogether."""
+    """What `architectures` says. Raises ConfigError for another model altogether."""
     listed = settings.get("architectures") if isinstance(settings, dict) else None
     found = str(listed[0]) if isinstance(listed, list) and listed else None
-    if found in OTHER_HEADS:
-        raise ConfigError(
-            f"{source} is a {found}: its {OTHER_HEADS[found]} head is not supported by this version of nextvec, which "
-            "converts the energy head (EnergyTransformer) and the Autoencoder"
-        )
     if found not in ARCHITECTURES:
         raise ConfigError(
-            f"{source} has architecture {found!r}; nextvec converts {' and '.join(ARCHITECTURES)}, the published CALM format"
+            f"{source} has architecture {found!r}; nextvec converts {', '.join(ARCHITECTURES)}, the published CALM format"
         )
     return ARCHITECTURES[found]
 
@@ -133,13 +130,15 @@ def read_calm(settings: Mapping[str, Any], autoencoder: AutoencoderConfig, sourc
         raise ConfigError(
             f"{source}: head_dim must be hidden_size / heads = {backbone.head_dim}; got {settings['head_dim']}"
         )
-    head = EnergyHeadConfig.parse(_take(settings, HEAD, source), source)
+    kind = LANGUAGE_MODELS[settings["architectures"][0]]
+    head = HEADS[kind].parse(_take(settings, HEAD[kind], source), source)
     return CalmConfig(autoencoder=autoencoder, backbone=backbone, head=head)
 
 
 def kept_aside(settings: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     """The published keys that our configuration has no field for."""
-    return {key: value for key, value in settings.items() if key not in MAPPED[kind]}
+    head = HEAD[LANGUAGE_MODELS[settings["architectures"][0]]] if kind == "calm" else {}
+    return {key: value for key, value in settings.items() if key not in MAPPED[kind] and key not in head}
 
 
 def published_settings(config: ModelRun, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -147,14 +146,15 @@ def published_settings(config: ModelRun, tokenizer: Tokenizer | None) -> dict[st
     model = config.model
     if isinstance(model, CalmConfig):
         mapped = {key: getattr(model.backbone, field) for key, field in BACKBONE.items()}
-        mapped |= {key: getattr(model.head, field) for key, field in HEAD.items()}
+        mapped |= {key: getattr(model.head, field) for key, field in HEAD[model.head.kind].items()}
         mapped |= {key: getattr(model.autoencoder, AUTOENCODER[key]) for key in SHARED}
         mapped["num_key_value_heads"] = model.backbone.key_value_heads
+        mapped["architectures"] = [name for name, head in LANGUAGE_MODELS.items() if head == model.head.kind]
     else:
         assert isinstance(model, AutoencoderConfig)
         mapped = {key: getattr(model, field) for key, field in AUTOENCODER.items()}
         mapped["num_decoder_layers"] = model.layers
-    mapped["architectures"] = [name for name, kind in ARCHITECTURES.items() if kind == config.kind]
+        mapped["architectures"] = ["Autoencoder"]
     aside = config.imported.settings if isinstance(config, ImportedRun) else _usual(config, tokenizer)
     return dict(sorted({**aside, **mapped}.items()))
 
@@ -173,7 +173,8 @@ def _usual(config: ModelRun, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is not None:  # our tokenizers have no begin-of-text token; a document begins after another's end
         usual |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if isinstance(config, CalmRun):
-        usual |= {**WRITTEN_CALM, "ae_path": None, "beta": config.energy.alpha, "num_samples": config.energy.draws}
+        usual |= {**WRITTEN_CALM, "ae_path": None, "beta": config.energy.alpha, "num_samples": config.draws}
+        usual |= {"noise_size": EnergyHeadConfig().noise}  # also of the other heads, which draw other noise
     return usual
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from nextvec.config import OptimSettings
 
-# Matrices with a vocabulary, latent or noise side: lookups and read-outs, which stay with AdamW (as Muon's author advises).
-EDGES = ("embedding", "output", "noise_in", "to_latent", "from_latent", "head.out")
+# Matrices with a vocabulary, latent, noise or time side: lookups and read-outs, which stay with AdamW (as Muon's author advises).
+EDGES = ("embedding", "output", "noise_in", "to_latent", "from_latent", "head.out", "latent_in", "time_in", "net.out")
 
 
 def parameter_groups(

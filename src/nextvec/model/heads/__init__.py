@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from nextvec.config import CalmConfig, EnergyHeadConfig
+from typing import TypeAlias
+
+from nextvec.config import CalmConfig, DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig
+from nextvec.model.heads.autoregressive import AutoregressiveHead
+from nextvec.model.heads.diffusion import DiffusionHead
 from nextvec.model.heads.energy import EnergyHead
+from nextvec.model.heads.flow import FlowHead
+
+AnyHead: TypeAlias = EnergyHead | FlowHead | DiffusionHead | AutoregressiveHead
 
 
-def build_head(config: CalmConfig) -> EnergyHead:
+def build_head(config: CalmConfig) -> AnyHead:
     """The head that `config.head` describes, on the backbone's states."""
     head, width, latent = config.head, config.backbone.width, config.autoencoder.latent
-    assert isinstance(head, EnergyHeadConfig)
-    return EnergyHead(head, width, latent)
+    if isinstance(head, FlowHeadConfig):
+        return FlowHead(head, width, latent)
+    if isinstance(head, DiffusionHeadConfig):
+        return DiffusionHead(head, width, latent)
+    if isinstance(head, EnergyHeadConfig):
+        return EnergyHead(head, width, latent)
+    return AutoregressiveHead(config, head.blocks)

@@ -62,3 +62,8 @@ def noise(
         assert len(generator) == len(like_ND), "one generator per state"
         return torch.stack([values((draws, size), each) for each in generator], dim=1)
     return values((draws, *like_ND.shape[:-1], size), generator)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which draws are added up and losses taken: float32, float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

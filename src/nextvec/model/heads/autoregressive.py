@@ -1,0 +1,104 @@
+"""Autoregressive head: a small causal decoder over the K tokens of the next patch, given the state. No latent, likelihoods.
+
+Legend: S draws, N positions (any leading dimensions), D width, K tokens per patch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nextvec.config import CalmConfig
+from nextvec.model.backbone import Backbone
+from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
+from nextvec.model.heads.interface import Generators, Metrics, wide
+
+
+class AutoregressiveHead(nn.Module):
+    """[state, y_1, .., y_(K-1)] -> causal Transformer blocks -> logits of y_1 .. y_K, tied to the embedding of the y.
+
+    The blocks are those of the backbone. It is what "multi-token prediction" with a causal head is: the same states as
+    CALM's, with the next patch factorised token by token instead of drawn as one vector.
+    """
+
+    latents: ClassVar[bool] = False
+    objective: ClassVar[str] = "cross_entropy"
+
+    def __init__(self, config: CalmConfig, blocks: int) -> None:
+        super().__init__()
+        width = config.backbone.width
+        self.patch_size = config.patch_size
+        self.state_in = nn.Linear(width, width)
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.decoder = Backbone(config.backbone.override(layers=blocks))
+
+    def loss(self, state_ND: Tensor, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+        """Mean cross-entropy in nats per token of the patches `target` (..., K), and the share of tokens it ranks first."""
+        target_MK = target.flatten(0, -2)
+        hidden_MKD = self._read(state_ND, target_MK)
+        loss, accuracy = linear_cross_entropy(hidden_MKD.flatten(0, 1), self.embedding.weight, target_MK.reshape(-1))
+        return loss, {"cross_entropy": loss.detach(), "accuracy": accuracy.detach()}
+
+    def log_probabilities(self, state_ND: Tensor, ids_NK: Tensor) -> Tensor:
+        """log P of each token of the patches (..., K) given the state and the tokens before it, in nats, (..., K)."""
+        ids_MK = ids_NK.flatten(0, -2)
+        hidden_MD = self._read(state_ND, ids_MK).flatten(0, 1)
+        rows = max(1, CHUNK_ELEMENTS // self.embedding.num_embeddings)
+        parts = [
+            self._log_softmax(hidden).gather(-1, ids)
+            for hidden, ids in zip(hidden_MD.split(rows), ids_MK.reshape(-1, 1).split(rows), strict=True)
+        ]
+        return torch.cat(parts).view(ids_NK.shape)
+
+    @torch.no_grad()
+    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
+        """S independent patches, (S, ..., K) int64, for states (..., D); see `Head.draw`.
+
+        The state is read once for all draws, which then go on as branches of it.
+        """
+        state_MD = self._start(state_ND).flatten(0, -2)
+        hidden_M1D, trunk = self.decoder.trunk(state_MD[:, None])
+        token_MS = self._sample(hidden_M1D, draws, generator)
+        tokens = [token_MS]
+        at_S = torch.zeros(draws, dtype=torch.int64, device=state_MD.device)
+        for _ in range(self.patch_size - 1):
+            hidden_MSD, trunk = self.decoder.branch(self.embedding(token_MS), trunk, at_S)
+            token_MS = self._sample(hidden_MSD, 1, generator)
+            tokens.append(token_MS)
+        return torch.stack(tokens, dim=-1).transpose(0, 1).reshape(draws, *state_ND.shape[:-1], self.patch_size)
+
+    def compile_regions(self) -> list[nn.Module]:
+        return list(self.decoder.blocks)
+
+    def _start(self, state_ND: Tensor) -> Tensor:
+        return self.state_in(state_ND.to(self.state_in.weight.dtype))
+
+    def _read(self, state_ND: Tensor, ids_MK: Tensor) -> Tensor:
+        """What the decoder says before each token of whole patches, (M, K, D)."""
+        state_MD = self._start(state_ND).flatten(0, -2)
+        return self.decoder(torch.cat((state_MD[:, None], self.embedding(ids_MK[:, :-1]).to(state_MD.dtype)), dim=1))
+
+    def _log_softmax(self, hidden_MD: Tensor) -> Tensor:
+        logits = hidden_MD.to(self.embedding.weight.dtype) @ self.embedding.weight.T
+        return logits.to(wide(logits.dtype)).log_softmax(-1)
+
+    def _sample(self, hidden_MJD: Tensor, draws: int, generator: Generators | None) -> Tensor:
+        """`draws` tokens from each of J laws of M states, (M, J * draws)."""
+        if isinstance(generator, Sequence):
+            assert len(generator) == len(hidden_MJD), "one generator per state"
+            rows = [self._sample_rows(one, draws, own) for one, own in zip(hidden_MJD, generator, strict=True)]
+            return torch.stack([row.flatten() for row in rows])
+        return self._sample_rows(hidden_MJD.flatten(0, 1), draws, generator).view(len(hidden_MJD), -1)
+
+    def _sample_rows(self, hidden_MD: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+        """(M, draws); the vocabulary exists for one chunk of rows at a time."""
+        rows = max(1, CHUNK_ELEMENTS // self.embedding.num_embeddings)
+        parts = [
+            # two at least: for a single draw torch takes another way, 20 times slower on a CPU
+            torch.multinomial(self._log_softmax(hidden).exp(), max(2, draws), replacement=True, generator=generator)
+            for hidden in hidden_MD.split(rows)
+        ]
+        return torch.cat(parts)[:, :draws]
