@@ -41,11 +41,12 @@ def test_the_arms_agree_on_the_figure(speed, monkeypatch, name):
 def test_the_command_writes_what_it_measured(speed, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(speed, "VOCAB", 16)
     out = tmp_path / "speed.json"
-    settings = {"positions": 12, "width": 16, "layers": 1, "repeats": 1, "loop-every": 3, "json": out}
+    settings = {"positions": 12, "width": 16, "layers": 1, "repeats": 1, "loop-every": 3, "noise": 2, "json": out}
     speed.main([f"--{name}={value}" for name, value in settings.items()])
     found = json.loads(out.read_text())["found"]
     assert set(found) == {"calm, K = 2", "baseline"}
     for case in found.values():
         assert set(case["ratio"]) == {"loop", "authors"}
+        assert {arm: len(values) for arm, values in case["deviation"].items()} == {"ours": 4, "authors": 4}
         assert case["positions"] == 12
     assert "times as fast" in capsys.readouterr().out
