@@ -13,11 +13,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextvec.cli import main
-from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
+from nextvec.config import (
+    AutoencoderConfig,
+    AutoregressiveHeadConfig,
+    BackboneConfig,
+    CalmConfig,
+    DiffusionHeadConfig,
+    EnergyHeadConfig,
+    FlowHeadConfig,
+    TokenLMConfig,
+)
 from nextvec.evaluate.cost import autoencoder_cost, calm_cost, token_lm_cost
 from nextvec.evaluate.paper import TABLE, draw_of_paper, savings, table1, table1_text
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
+from nextvec.model.posterior import Posterior
 from nextvec.model.token_lm import TokenLM
 from nextvec.presets import preset
 
@@ -164,7 +174,17 @@ TINY = CalmConfig(
 TINY_TOKENS = TokenLMConfig(vocab_size=50, backbone=TINY.backbone)
 
 
-@pytest.mark.parametrize("config", [TINY, preset("calm-m")], ids=["tiny", "calm-m"])
+HEADS = [
+    FlowHeadConfig(blocks=2, solver="heun", steps=3),
+    FlowHeadConfig(blocks=1, solver="euler", steps=4),
+    DiffusionHeadConfig(blocks=2, steps=5),
+    DiffusionHeadConfig(blocks=2, solver="dpm++", steps=4),
+]
+AUTOREGRESSIVE = TINY.model_copy(update={"head": AutoregressiveHeadConfig(blocks=2)})
+WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
+
+
+@pytest.mark.parametrize("config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE])
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = Calm(config)
@@ -223,6 +243,50 @@ def test_operations_are_those_that_torch_counts():
     assert counted(lambda: model.draw_tokens(state, 4, g)) == pytest.approx(
         (many.head + many.autoencoder + many.vocabulary) * tokens
     )
+
+
+@pytest.mark.parametrize("config", WITH_HEADS, ids=lambda config: f"{config.head.kind} {config.head.solver}")
+@torch.no_grad()
+def test_operations_of_the_flow_and_diffusion_heads_are_those_that_torch_counts(config):
+    """Draws of one position by all passes of the solver, and what one position of training runs forward."""
+    model, g = Calm(config).eval(), torch.Generator().manual_seed(0)
+    state = torch.zeros(1, 16)
+    for candidates in (1, 6):
+        found = calm_cost(config, candidates=candidates).inference_split.head
+        assert counted(lambda n=candidates: model.draw_latents(state, n, g)) == pytest.approx(found * 3)
+    teacher = Posterior(torch.zeros(7, 10), torch.zeros(7, 10))
+    found = calm_cost(config, draws=config.head.teacher_draws).training_split.head
+    assert counted(lambda: model.head.loss(torch.zeros(7, 16), teacher, g)) == pytest.approx(found * 7)  # 3 / K = 1
+
+
+def test_the_published_column_of_the_flow_head_runs_every_layer_in_every_pass():
+    """The authors' loop: network(x, t, h) for each draw and evaluation, counted on rows that share nothing."""
+    config = WITH_HEADS[0]
+    head = Calm(config).head
+    rows = 6 * config.head.evaluations
+    times, state = torch.zeros(rows), torch.zeros(rows, 16)
+    with torch.no_grad():
+        whole = counted(lambda: head.velocity(torch.zeros(rows, 10), times, head.net.condition(state)))
+    found = calm_cost(config, candidates=6)
+    assert found.inference.head * 3 == pytest.approx(whole)
+    assert found.inference_split.head < 0.55 * found.inference.head
+    assert calm_cost(config.with_solver(None, 6)).inference.head == 2 * calm_cost(config).inference.head
+
+
+def test_operations_of_the_autoregressive_head_are_those_that_torch_counts():
+    """Training exactly; drawing but for attention inside the patch, which the branches do element by element."""
+    model, g = Calm(AUTOREGRESSIVE).eval(), torch.Generator().manual_seed(0)
+    found = calm_cost(AUTOREGRESSIVE, context=7)
+    ids, state = torch.zeros(7, 3, dtype=torch.long), torch.zeros(7, 16)
+    assert found.inference.autoencoder == found.training.autoencoder == found.draws == 0
+    with torch.no_grad():
+        forward = counted(lambda: model.head.log_probabilities(state, ids))
+        assert forward == pytest.approx((found.training.head + found.training.vocabulary) * 7)  # 3 / K = 1
+        for candidates in (1, 4):
+            one = calm_cost(AUTOREGRESSIVE, candidates=candidates).inference
+            drawn = counted(lambda n=candidates: model.draw_tokens(torch.zeros(1, 16), n, g))
+            attention = 2 * 4 * 16 * 3 * (1 + 2 * candidates)  # 2 layers, 3 positions attended by each of the tokens
+            assert 0 <= (one.head + one.vocabulary) * 3 - drawn <= attention
 
 
 @torch.no_grad()
@@ -378,6 +442,9 @@ def test_flops_of_a_settings_file_and_a_run_are_counted_with_its_own_settings(tm
         (["--table1", "--draws", "4"], "--table1 has the paper's settings; leave out --draws"),
         (["calm-mm"], "calm-mm is no preset, settings file or run directory; presets are transformer-s"),
         (["no/such.yaml"], "no/such.yaml is no preset, settings file or run directory\n"),
+        (["calm-m", "--solver", "heun"], "the energy head draws without a solver: leave out solver and steps"),
+        (["calm-m", "--steps", "9"], "the energy head draws without a solver: leave out solver and steps"),
+        (["transformer-s", "--steps", "9"], "--steps does not apply to transformer-s, which holds no CALM"),
         (["transformer-s", "--candidates", "9"], "--candidates does not apply to transformer-s, which holds no CALM"),
         (["autoencoder-paper", "--context", "9"], "--context does not apply to autoencoder-paper"),
         (["{empty}"], "has no config.yaml"),

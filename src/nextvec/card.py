@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nextvec.config import CalmRun, ImportedRun, ModelRun, OptimSettings, RunConfig
+from nextvec.config import (
+    AutoregressiveHeadConfig,
+    CalmRun,
+    DiffusionHeadConfig,
+    FlowHeadConfig,
+    ImportedRun,
+    ModelRun,
+    OptimSettings,
+    RunConfig,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,9 +49,8 @@ def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained
         f"| optimiser | {_optimiser(config.optim)} |",
     ]
     if isinstance(config, CalmRun):
-        energy = config.energy
-        teacher = "exact teacher" if energy.teacher == "exact" else f"M = {energy.teacher_draws} teacher draws"
-        lines.append(f"| recipe | {config.recipe.name}; energy loss of S = {energy.draws} draws, {teacher} |")
+        lines.append(f"| head | {_head(config)} |")
+        lines.append(f"| recipe | {config.recipe.name}; {_loss(config)} |")
     known = ("kind", "step", "tokens", "seconds", "cpu_seconds")
     measured = {name: value for name, value in trained.items() if name not in known}
     lines += ["", "## Measured on held-out windows at the end of training", ""]
@@ -86,6 +94,24 @@ def _use(config: ModelRun) -> list[str]:
         '    print(text, end="", flush=True)',
         "```",
     ]
+
+
+def _head(config: CalmRun) -> str:
+    head = config.model.head
+    if isinstance(head, FlowHeadConfig | DiffusionHeadConfig):
+        return f"{head.kind}, {head.blocks} blocks; draws in {head.steps} steps of {head.solver}"
+    return f"{head.kind}, {head.blocks} blocks"
+
+
+def _loss(config: CalmRun) -> str:
+    head, energy = config.model.head, config.energy
+    if isinstance(head, FlowHeadConfig | DiffusionHeadConfig):
+        name = "flow-matching loss" if head.kind == "flow" else "hybrid diffusion loss"
+        return f"{name} of {head.teacher_draws} teacher draws"
+    if isinstance(head, AutoregressiveHeadConfig):
+        return "cross-entropy of the next patch, token by token"
+    teacher = "exact teacher" if energy.teacher == "exact" else f"M = {energy.teacher_draws} teacher draws"
+    return f"energy loss of S = {energy.draws} draws, {teacher}"
 
 
 def _optimiser(optim: OptimSettings) -> str:

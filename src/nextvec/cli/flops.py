@@ -38,6 +38,10 @@ def flops(
         float | None,
         typer.Option(min=1, help="Tokens of the whole training. Default: the run's; presets: the paper's."),
     ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Flow and diffusion heads: another solver than the settings'.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Flow and diffusion heads: solver steps per draw.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
 ) -> None:
     """Floating-point operations per token of text, part by part, and parameters, counted as the paper counts them."""
@@ -46,7 +50,14 @@ def flops(
     from nextvec.errors import ConfigError
     from nextvec.evaluate import paper
 
-    given = {"candidates": candidates, "context": context, "draws": draws, "auxiliary": auxiliary, "tokens": tokens}
+    given: dict[str, Any] = {
+        "candidates": candidates,
+        "context": context,
+        "draws": draws,
+        "auxiliary": auxiliary,
+        "tokens": tokens,
+    }
+    given |= {"solver": solver, "steps": steps}
     settings = {name: value for name, value in given.items() if value is not None}
     if (model is None) is not table1:
         raise ConfigError("flops takes either a preset, settings file or run directory, or --table1 alone")
@@ -111,7 +122,9 @@ def _row(model: str, settings: dict[str, Any]) -> Row:
                 trained or run.train.steps * run.train.accumulate * run.data.rows * run.data.context_tokens
             )
         if isinstance(run, CalmRun):
-            known |= {"draws": run.energy.draws, "auxiliary": run.recipe.name == "fast"}
+            known |= {"draws": run.draws, "auxiliary": run.recipe.name == "fast"}
+    if isinstance(config, CalmConfig):
+        config = config.with_solver(settings.pop("solver", None), settings.pop("steps", None))
     allowed = {"tokens"}
     if not isinstance(config, AutoencoderConfig):
         allowed.add("context")
@@ -120,6 +133,10 @@ def _row(model: str, settings: dict[str, Any]) -> Row:
     for name in settings:
         if name not in allowed:
             raise ConfigError(f"--{name} does not apply to {model}, which holds no {_owner(name)}; leave it out")
+    if isinstance(config, CalmConfig) and config.head.kind == "autoregressive" and "draws" in settings:
+        raise ConfigError(
+            f"--draws does not apply to {model}, whose autoregressive head learns without draws; leave it out"
+        )
     known = {name: value for name, value in {**known, **settings}.items() if name in allowed}
     usual = paper.AUTOENCODER_TOKENS if isinstance(config, AutoencoderConfig) else paper.PAPER_TOKENS
     tokens = float(known.pop("tokens", usual))

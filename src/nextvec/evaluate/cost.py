@@ -4,7 +4,7 @@ Multiply-adds count as 2, per token of text (spec 7): dense weights 2 per weight
 4 * layers * D * context, everything of a step divided by K, training = 3 x forward for what is trained. Norms, biases,
 activations, softmax and the loss are not counted. Two columns: `published`, the head as the paper's cost has it (the
 first linear of a block sees the draw and the state, in every draw), and `split`, ours: the state's half of it runs
-once per position. The functions are the same; only the cost differs.
+once per position. The functions are the same; only the cost differs. Other heads: `evaluate.head_cost`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, ModelConfig, TokenLMConfig
+from nextvec.config import (
+    AutoencoderConfig,
+    AutoregressiveHeadConfig,
+    BackboneConfig,
+    CalmConfig,
+    ModelConfig,
+    TokenLMConfig,
+)
+from nextvec.evaluate.head_cost import backbone_operations, head_cost, head_parameters
 
 PAPER_CONTEXT = 2048  # positions attended: patches for CALM, tokens for the Transformer [P]
 PAPER_DRAWS = 8  # S [P]
@@ -108,7 +116,7 @@ def token_lm_cost(config: TokenLMConfig, name: str = "Transformer", *, context: 
     `context`: tokens attended. Both columns of the table are equal: there is no head to split.
     """
     table = config.vocab_size * config.backbone.width
-    attention, mlp = _backbone(config.backbone, context)
+    attention, mlp = backbone_operations(config.backbone, context)
     forward = Parts(attention=attention, mlp=mlp, vocabulary=2 * table)
     training = forward.scaled(TRAINED)
     parameters = _backbone_parameters(config.backbone, embedding=table, vocabulary=table)
@@ -136,38 +144,43 @@ def calm_cost(
     candidates: int = 1,
     auxiliary: bool = False,
 ) -> Cost:
-    """CALM with the energy head: one draw and one decoding per step at inference, S draws and one encoding in training.
+    """CALM: one draw and one decoding per step at inference, S draws and one encoding in training.
 
-    `context`: patches attended; `draws`: S; `candidates`: draws taken and decoded per step at inference (1: plain
-    sampling; N of the batch temperature sampler); `auxiliary`: count the cross-entropy of the `fast` recipe in training.
+    A draw of the flow and diffusion heads takes as many network passes as their solver. The autoregressive head takes
+    neither encoding nor decoding, and S does not matter.
+
+    `context`: patches attended; `draws`: S, the model's or (flow, diffusion) the teacher's; `candidates`: draws taken and
+    decoded per step at inference (1: plain sampling; N of the batch temperature sampler); `auxiliary`: count the
+    cross-entropy of the `fast` recipe in training.
     """
     K, D, V = config.patch_size, config.backbone.width, config.vocab_size
-    head_config = config.head
-    assert isinstance(head_config, EnergyHeadConfig)
-    attention, mlp = _backbone(config.backbone, context)
+    attention, mlp = backbone_operations(config.backbone, context)
     compressor = 2 * (K * D * 2 * D + 2 * D * D)
     encoder, decoder = _autoencoder(config.autoencoder)
     logits = 2 * K * V * config.autoencoder.width
+    if isinstance(config.head, AutoregressiveHeadConfig):  # neither learns from latents nor draws them
+        encoder = decoder = logits = draws = 0
 
     def inference(split: bool) -> Parts:
-        once, per_draw = _energy_head(head_config, D, config.autoencoder.latent, split)
+        head = head_cost(config, split)
         return Parts(
             compressor=compressor,
             attention=attention,
             mlp=mlp,
-            head=once + candidates * per_draw,
+            head=head.once + candidates * head.per_draw,
             autoencoder=candidates * decoder,
-            vocabulary=candidates * logits,
+            vocabulary=candidates * logits + head.vocabulary_once + candidates * head.vocabulary_per_draw,
         ).scaled(1 / K)
 
     def training(split: bool) -> Parts:
-        once, per_draw = _energy_head(head_config, D, config.autoencoder.latent, split)
+        head = head_cost(config, split)
         return Parts(
             compressor=TRAINED * compressor,
             attention=TRAINED * attention,
             mlp=TRAINED * mlp,
-            head=TRAINED * (once + draws * per_draw),
+            head=TRAINED * (head.trained_once + draws * head.trained_per_draw),
             autoencoder=encoder,  # frozen: forward only
+            vocabulary=TRAINED * head.trained_vocabulary,
             auxiliary=TRAINED * 2 * (D * K * D + K * D * V) if auxiliary else 0,
         ).scaled(1 / K)
 
@@ -175,7 +188,7 @@ def calm_cost(
         config.backbone,
         embedding=V * D,
         compressor=(K + 1) * 2 * D * D + 3 * D + 2 * D,  # two linears with biases, LayerNorm
-        head=_energy_head_parameters(head_config, D, config.autoencoder.latent),
+        head=head_parameters(config),
         autoencoder=_autoencoder_parameters(config.autoencoder),
     )
     return Cost(
@@ -216,13 +229,6 @@ def autoencoder_cost(config: AutoencoderConfig, name: str = "autoencoder") -> Co
     )
 
 
-def _backbone(config: BackboneConfig, context: int) -> tuple[float, float]:
-    """Operations of one position: (attention, MLP)."""
-    D, kv = config.width, config.key_value_heads * config.head_dim
-    projections = 2 * (2 * D * D + 2 * D * kv)
-    return config.layers * (projections + 4 * D * context), config.layers * 2 * 3 * D * config.inner
-
-
 def _backbone_parameters(config: BackboneConfig, **other: float) -> Parts:
     """Each norm counts with the part that it feeds, the final one with the MLP."""
     D, kv = config.width, config.key_value_heads * config.head_dim
@@ -231,22 +237,6 @@ def _backbone_parameters(config: BackboneConfig, **other: float) -> Parts:
         mlp=config.layers * (3 * D * config.inner + D) + D,
         **other,
     )
-
-
-def _energy_head(config: EnergyHeadConfig, width: int, latent: int, split: bool) -> tuple[float, float]:
-    """Operations of one position: (once, per draw). The state's projection is once in both columns."""
-    square = width * width
-    once, per_draw = square, config.noise * width + 6 * config.blocks * square + square + width * latent
-    if split:
-        once, per_draw = once + config.blocks * square, per_draw - config.blocks * square
-    return 2 * once, 2 * per_draw
-
-
-def _energy_head_parameters(config: EnergyHeadConfig, width: int, latent: int) -> int:
-    square = width * width
-    block = 6 * square + (1 + 1 + 2 + 1) * width + 2 * width  # biases of l1, l2, l3, down; LayerNorm
-    ends = config.noise * width + width + square + width + 2 * 2 * width  # noise, state, their LayerNorms
-    return config.blocks * block + ends + 2 * width + square + width + width * latent + latent
 
 
 def _autoencoder(config: AutoencoderConfig) -> tuple[float, float]:

@@ -62,7 +62,7 @@ class CalmTraining(nn.Module):
         ids_BT, encoded = (batch.ids, batch) if isinstance(batch, Encoded) else (batch, None)
         ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
         state_BPD, target_BPK = self.model.states(ids_BPK[:, :-1]), ids_BPK[:, 1:]
-        if encoded is None:
+        if encoded is None or not self.model.has_latents:
             loss, metrics = self.model.loss(state_BPD, target_BPK, generator)
         else:
             target: Any = encoded.targets()  # `with_latents` has seen to it that the head learns from latents

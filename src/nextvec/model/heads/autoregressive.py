@@ -59,7 +59,7 @@ class AutoregressiveHead(nn.Module):
 
         The state is read once for all draws, which then go on as branches of it.
         """
-        state_MD = self._start(state_ND).flatten(0, -2)
+        state_MD = self._start(state_ND).reshape(-1, state_ND.shape[-1])
         hidden_M1D, trunk = self.decoder.trunk(state_MD[:, None])
         token_MS = self._sample(hidden_M1D, draws, generator)
         tokens = [token_MS]
@@ -78,7 +78,7 @@ class AutoregressiveHead(nn.Module):
 
     def _read(self, state_ND: Tensor, ids_MK: Tensor) -> Tensor:
         """What the decoder says before each token of whole patches, (M, K, D)."""
-        state_MD = self._start(state_ND).flatten(0, -2)
+        state_MD = self._start(state_ND).reshape(-1, state_ND.shape[-1])
         return self.decoder(torch.cat((state_MD[:, None], self.embedding(ids_MK[:, :-1]).to(state_MD.dtype)), dim=1))
 
     def _log_softmax(self, hidden_MD: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""What a head costs: operations of one position, and parameters (rules in `evaluate.cost`).
+
+Two columns: `published`, every layer once for each draw and network pass, as the authors' code runs, and `split`, ours, where
+what depends on the state alone, or on the state and the time, runs once for all draws of a position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nextvec.config import AutoregressiveHeadConfig, BackboneConfig, CalmConfig, EnergyHeadConfig
+
+WAVES = 256  # numbers in the time embedding of the flow and diffusion heads
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """Operations of one position. A draw at inference takes all passes of its solver, one in training takes one."""
+
+    once: float
+    per_draw: float
+    trained_once: float  # forward
+    trained_per_draw: float
+    vocabulary_once: float = 0  # products with the head's own vocabulary matrix
+    vocabulary_per_draw: float = 0
+    trained_vocabulary: float = 0
+
+
+def head_cost(config: CalmConfig, split: bool) -> HeadCost:
+    """Of the head that `config.head` describes."""
+    head, D, L = config.head, config.backbone.width, config.autoencoder.latent
+    square = D * D
+    if isinstance(head, EnergyHeadConfig):
+        once, per_draw = (
+            square,
+            head.noise * D + 6 * head.blocks * square + square + D * L,
+        )  # the state's part is once in both
+        if split:
+            once, per_draw = once + head.blocks * square, per_draw - head.blocks * square
+        return HeadCost(2 * once, 2 * per_draw, 2 * once, 2 * per_draw)
+    if isinstance(head, AutoregressiveHeadConfig):
+        attention, mlp = backbone_operations(config.backbone.override(layers=head.blocks), config.patch_size)
+        block, logits, more = attention + mlp, 2 * config.vocab_size * D, config.patch_size - 1
+        return HeadCost(
+            once=2 * square + block,
+            per_draw=more * block,
+            trained_once=2 * square + config.patch_size * block,
+            trained_per_draw=0,
+            vocabulary_once=logits,
+            vocabulary_per_draw=more * logits,
+            trained_vocabulary=config.patch_size * logits,
+        )
+    time, modulation = WAVES * D + square, 3 * head.blocks * square + 2 * square
+    body = L * D + 2 * head.blocks * square + D * _outputs(config)
+    if not split:
+        one = 2 * (square + time + modulation + body)
+        return HeadCost(0, head.evaluations * one, 0, one)
+    once, per_draw = square + head.evaluations * (time + modulation), head.evaluations * body
+    return HeadCost(2 * once, 2 * per_draw, 2 * square, 2 * (time + modulation + body))
+
+
+def head_parameters(config: CalmConfig) -> int:
+    """Parameters of the head."""
+    head, D, L = config.head, config.backbone.width, config.autoencoder.latent
+    square, linear = D * D, D * D + D
+    if isinstance(head, EnergyHeadConfig):
+        block = 6 * square + (1 + 1 + 2 + 1) * D + 2 * D  # biases of l1, l2, l3, down; LayerNorm
+        ends = head.noise * D + D + linear + 2 * 2 * D  # noise, state, their LayerNorms
+        return head.blocks * block + ends + 2 * D + linear + D * L + L
+    if isinstance(head, AutoregressiveHeadConfig):
+        kv = config.backbone.key_value_heads * config.backbone.head_dim
+        block = 2 * square + 2 * D * kv + 3 * D * config.backbone.inner + 2 * D
+        return linear + config.vocab_size * D + head.blocks * block + D
+    outputs = _outputs(config)
+    ends = (
+        L * D + D + WAVES * D + D + 2 * linear + 2 * linear + D * outputs + outputs
+    )  # noisy latent, time, state; output
+    return head.blocks * (2 * D + 2 * linear + 3 * linear) + ends
+
+
+def backbone_operations(config: BackboneConfig, context: int) -> tuple[float, float]:
+    """Operations of one position of a Transformer that attends to `context` positions: (attention, MLP)."""
+    D, kv = config.width, config.key_value_heads * config.head_dim
+    projections = 2 * (2 * D * D + 2 * D * kv)
+    return config.layers * (projections + 4 * D * context), config.layers * 2 * 3 * D * config.inner
+
+
+def _outputs(config: CalmConfig) -> int:
+    """Numbers that the network of the flow or diffusion head gives for a latent."""
+    return config.autoencoder.latent * (2 if config.head.kind == "diffusion" else 1)
