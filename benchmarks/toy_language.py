@@ -262,42 +262,54 @@ def correlations(points: Sequence[Point]) -> dict[str, float | int]:
     }
 
 
+def unsure(point: Point) -> bool:
+    """A BrierLM that its own error leaves open."""
+    return point.brier_lm is not None and point.brier_lm < 2 * (point.brier_lm_stderr or 0.0)
+
+
 def draw_figure(points: Sequence[Point], best: Point, path: Path) -> None:
-    """One panel per kind, the same axes; SVG with text as text, the same file for the same points."""
+    """One panel per kind, the same axes; SVG with text as text, the same file for the same points.
+
+    A BrierLM less than twice its error is drawn hollow and without the error, which may be many times the axis.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["svg.hashsalt"] = "nextvec"
-    figure = Figure(figsize=(9.6, 3.5), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.7), layout="constrained")
     FigureCanvasSVG(figure)
     panels = figure.subplots(1, len(KINDS), sharex=True, sharey=True)
     for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
         mine = [p for p in points if p.kind == kind and p.brier_lm is not None]
         for marker, family in zip("osD^vP", dict.fromkeys(p.family for p in mine), strict=False):
             some = [p for p in mine if p.family == family]
-            axes.errorbar(
-                [p.cross_entropy for p in some],
-                [p.brier_lm for p in some],
-                xerr=[p.cross_entropy_stderr for p in some],
-                yerr=[p.brier_lm_stderr for p in some],
+            colour = axes.errorbar(
+                [p.cross_entropy for p in some if not unsure(p)],
+                [p.brier_lm for p in some if not unsure(p)],
+                xerr=[p.cross_entropy_stderr for p in some if not unsure(p)],
+                yerr=[p.brier_lm_stderr for p in some if not unsure(p)],
                 fmt=marker,
                 markersize=4,
                 elinewidth=0.7,
                 alpha=0.8,
                 label=family,
-            )
-        axes.plot([best.cross_entropy], [best.brier_lm], "k*", markersize=9, label="the source")
+            )[0].get_color()
+            hollow = [(p.cross_entropy, p.brier_lm) for p in some if unsure(p)]
+            axes.plot(*np.array(hollow).reshape(-1, 2).T, marker, markersize=4, color=colour, fillstyle="none")
+        axes.axvline(best.cross_entropy, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+        axes.plot([best.cross_entropy], [best.brier_lm], "k*", markersize=8, label="the source")
         found = correlations([p for p in points if p.kind == kind])
         words = f"\nPearson {found['pearson']:.3f}, Spearman {found['spearman']:.3f}" if "pearson" in found else ""
+        words = words.replace("-", "\N{MINUS SIGN}")
         axes.set_title(title + words, fontsize=9)
         axes.set_xlabel("cross-entropy, nats per token" + (" (plug-in)" if kind == "energy" else ""), fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=6.5)
+        axes.legend(fontsize=7.5, loc="upper right")
     panels[0].set_ylabel("BrierLM", fontsize=8)
-    panels[0].set_ylim(0, 1.1 * (best.brier_lm or 1))  # an order near 0 has an error bar without end
+    panels[0].set_ylim(0, 1.1 * (best.brier_lm or 1))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 
@@ -334,11 +346,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="BrierLM against cross-entropy on a toy language")
     parser.add_argument("--svg", type=Path, help="write the figure here")
     parser.add_argument("--json", type=Path, help="write all points here")
+    parser.add_argument("--points", type=Path, help="what --json wrote: draw --svg from it and measure nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shrunk", action="store_true", help="a few steps of everything, to see that it runs")
     chosen = parser.parse_args(arguments)
     begin = time.perf_counter()
-    found = measure(SHRUNK if chosen.shrunk else Effort(), chosen.seed)
+    if chosen.points:
+        found = json.loads(chosen.points.read_text(encoding="utf-8"))
+    else:
+        found = measure(SHRUNK if chosen.shrunk else Effort(), chosen.seed)
     if chosen.svg:
         points = [Point(**{**p, "brier": tuple(p["brier"])}) for p in found["points"]]
         draw_figure(points, Point(**found["source"]), chosen.svg)

@@ -149,7 +149,7 @@ def test_a_table_that_is_no_law_is_refused(table, message):
 
 
 @pytest.mark.slow
-def test_the_figure_is_made_by_its_command(tmp_path, capsys):
+def test_the_figure_is_made_by_its_command(tmp_path, capsys, monkeypatch):
     spec = importlib.util.spec_from_file_location("toy_language", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -160,3 +160,6 @@ def test_the_figure_is_made_by_its_command(tmp_path, capsys):
     assert {point["kind"] for point in found["points"]} == {"laws", "ar", "energy"}
     assert (tmp_path / "toy.svg").read_text().count("<svg") == 1
     assert "correlations" in capsys.readouterr().out
+    monkeypatch.setattr(module, "measure", None)  # the figure again, from the points alone
+    module.main(["--points", str(tmp_path / "toy.json"), "--svg", str(tmp_path / "again.svg")])
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "toy.svg").read_bytes()
