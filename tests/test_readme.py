@@ -281,6 +281,7 @@ def house_table() -> str:
         "reference",
         "report",
         "demo",
+        "sweep",
         "bench",
         "hardware.py",
         "process.py",

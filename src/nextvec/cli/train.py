@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nextvec.cli import app
+from nextvec.train import VERBS
 
 if TYPE_CHECKING:
     from nextvec.model.autoencoder import Autoencoder
@@ -16,8 +17,6 @@ train_app = typer.Typer(
     help="Train an autoencoder, a CALM language model, or the token baseline.", no_args_is_help=True
 )
 app.add_typer(train_app, name="train")
-
-VERBS = {"autoencoder": "autoencoder", "lm": "calm", "baseline": "token_lm"}  # verb: kind of run
 
 Out = Annotated[Path, typer.Option(metavar="RUN", help="Run directory to write.")]
 DataPath = Annotated[

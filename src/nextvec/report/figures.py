@@ -56,6 +56,12 @@ LOOKS = {
     "latent": Look("latent", "-", "o"),
     "patch": Look("accent", (0, (5, 2)), "s"),  # type: ignore[arg-type]
 }
+ROWS = [f"row-{number}" for number in range(12)]  # looks of many lines in one picture, in order
+LOOKS |= {
+    name: Look(("calm", "baseline", "latent", "accent")[number % 4], dash, marker)  # type: ignore[arg-type]
+    for number, name in enumerate(ROWS)
+    for dash, marker in [(("-", "o"), ((0, (5, 2)), "s"), ((0, (1.5, 1.2)), "^"))[number // 4]]
+}
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,29 @@ def orders(name: str, rows: Sequence[tuple[str, Sequence[float], Sequence[float]
     return _finish(name, figure, axes, "", f"score {TIMES_100}", alt, few_x=False)
 
 
+@_style()
+def dots(
+    name: str,
+    labels: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float | None],
+    x_label: str,
+    alt: str,
+) -> str:
+    """One mark per row with its standard error, the first row on top and as a dotted line through all."""
+    figure, axes = _new(0.9 + 0.27 * len(labels))
+    colour = _NAME["calm"]
+    places = [-index for index in range(len(labels))]
+    bars = [error or 0.0 for error in errors]
+    axes.errorbar(values, places, xerr=bars, color=colour, linestyle="", marker="o", markersize=5, capsize=2.5)
+    axes.axvline(values[0], color=_NAME["muted"], linewidth=1.0, linestyle=(0, (1.5, 1.5)))
+    axes.set_yticks(places, labels)
+    axes.set_ylim(-len(labels) + 0.4, 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    return _finish(name, figure, axes, x_label, "", alt, few_x=False, few_y=False)
+
+
 def swatch(look_name: str, line: bool = True, mark: bool = True) -> str:
     """A legend's sample of line and marker, drawn by hand to match `LOOKS`."""
     look = LOOKS[look_name]
@@ -199,8 +228,8 @@ def swatch(look_name: str, line: bool = True, mark: bool = True) -> str:
     return f'<svg viewBox="0 0 30 12" width="30" height="12" aria-hidden="true">{stroke}{shape if mark else ""}</svg>'
 
 
-def _new() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, HEIGHT))
+def _new(height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height))
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     axes.grid(True, axis="y", color=_NAME["line"], linewidth=0.8)

@@ -1,0 +1,137 @@
+"""How long a sweep takes: steps are measured where the model fits this machine, else counted operations over its rate."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from nextvec.bench.steps import TrainStep, write_text
+from nextvec.config import AutoencoderRun, CalmRun, RunConfig
+from nextvec.evaluate.cost import cost
+from nextvec.files import read_json, write_json
+from nextvec.hardware import choose_precision, matmul_rates, synchronize
+from nextvec.sweep.plan import Job, digest, flops_per_token, tokens_per_step
+from nextvec.sweep.spec import SweepSpec
+
+MEASURED_STEPS = 3  # after one for warm-up; the median counts
+MEASURED_SECONDS = 1.0  # or fewer steps, once so much time has been measured
+MEASURABLE = 20.0  # seconds: a model whose steps would take longer than this is counted, not run
+SHARE = 0.3  # of the machine's rate of matrix products that a training step reaches, where it is not measured
+DOCUMENTS, DOCUMENT_TOKENS = 40, 2048  # scored, where neither spec nor data say
+_FREE = (
+    "seed",
+    "steps",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "save_minutes",
+    "init_std",
+)  # train.*: no effect on speed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one job, evaluation included, its autoencoder not."""
+
+    job: Job
+    training: float
+    scoring: float
+    measured: bool  # else counted
+
+    @property
+    def total(self) -> float:
+        return self.training + self.scoring
+
+
+class Rates:
+    """Seconds of a step by settings; kept in a file, so that a budget in seconds means the same steps next time."""
+
+    def __init__(self, path: Path, device: torch.device, keep: bool = True) -> None:
+        self.path, self.device, self.keep = path, device, keep
+        self.found: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            self.found = read_json(path, "measured rates")
+
+    def __call__(self, run: RunConfig) -> float:
+        """Seconds of one optimiser step."""
+        return float(self.entry(run)["seconds"])
+
+    def entry(self, run: RunConfig) -> dict[str, Any]:
+        key = self.key(run)
+        if key not in self.found:
+            self.found[key] = self._measure(run)
+            if self.keep:
+                write_json(self.path, self.found)
+        return self.found[key]
+
+    def key(self, run: RunConfig) -> str:
+        plain = run.model_dump(mode="json")
+        plain["train"] = {name: value for name, value in plain["train"].items() if name not in _FREE}
+        plain["optim"] = plain["optim"]["name"]
+        return digest({**plain, "device": self.device.type})[:12]
+
+    def _measure(self, run: RunConfig) -> dict[str, Any]:
+        counted = self.counted(run)
+        if counted * (1 + MEASURED_STEPS) > MEASURABLE:
+            return {"seconds": counted, "how": "counted"}
+        precision = run.train.precision if run.train.precision != "auto" else choose_precision(self.device)[0]
+        with TemporaryDirectory() as folder:
+            write_text(Path(folder), run.model.vocab_size, 8 * tokens_per_step(run))
+            step = TrainStep(run, "ours", Path(folder), self.device, precision)
+            step.warm()
+            step()
+            times: list[float] = []
+            while len(times) < MEASURED_STEPS and sum(times) < MEASURED_SECONDS:
+                synchronize(self.device)
+                began = time.perf_counter()
+                step()
+                synchronize(self.device)
+                times.append(time.perf_counter() - began)
+        return {"seconds": statistics.median(times), "how": "measured"}
+
+    def counted(self, run: RunConfig) -> float:
+        """Seconds of a step at SHARE of the machine's measured rate of matrix products."""
+        rate = SHARE * max(matmul_rates(self.device).values())
+        return tokens_per_step(run) * flops_per_token(run) / rate
+
+
+def estimate(spec: SweepSpec, jobs: Sequence[Job], rates: Rates) -> tuple[list[Estimate], dict[Path, float]]:
+    """Per job, and per autoencoder (by folder) its seconds of training."""
+    found, encoders = [], {}
+    for job in jobs:
+        if job.autoencoder is not None and job.autoencoder_folder not in encoders:
+            encoders[job.autoencoder_folder] = _training(job.autoencoder, spec, rates)
+        entry = rates.entry(job.run)
+        found.append(
+            Estimate(job, _training(job.run, spec, rates), _scoring(spec, job, rates), entry["how"] == "measured")
+        )
+    return found, encoders
+
+
+def _training(run: RunConfig, spec: SweepSpec, rates: Rates) -> float:
+    """Steps, and held-out batches on the way: a third of a step each, twice that for CALM's conditioning gap."""
+    seconds, train = rates(run), run.train
+    evaluations = 1 + (train.steps // train.eval_every if train.eval_every else 0)
+    passes = (2 if isinstance(run, CalmRun) else 1) / 3 / train.accumulate
+    return seconds * (train.steps + evaluations * spec.evaluate.batches * passes)
+
+
+def _scoring(spec: SweepSpec, job: Job, rates: Rates) -> float:
+    """Draws at every scored position, at the rate of operations that training reaches."""
+    run, asked = job.run, spec.evaluate
+    rate = tokens_per_step(run) * flops_per_token(run) / rates(run)
+    tokens = (asked.documents or DOCUMENTS) * (asked.document_tokens or DOCUMENT_TOKENS)
+    if isinstance(run, AutoencoderRun):
+        return tokens * flops_per_token(run) * 3 / rate  # decoded at seven noise levels, forward only
+    K = run.model.patch_size
+    stride = job.identity["evaluate"]["stride"]
+    chained = -(-4 // K) * K  # tokens drawn for an n-gram of 4
+    reading = cost(run.model, context=asked.context_tokens // K).inference_split.total
+    return 2 * tokens * reading * (1 + asked.draws * chained / stride) / rate  # 2: windows overlap by half

@@ -1,0 +1,110 @@
+"""The folder of a sweep: whose it is, what lies where, and which of several processes works at what.
+
+OUT/sweep.json                        the spec, as the report needs it
+OUT/rates.json                        seconds of a step, where the budget is in seconds
+OUT/data/                             tokenizer and shards, where the spec names a source
+OUT/autoencoders/HASH/                run directories shared by rows, with reconstruction.json
+OUT/rows/STAGE/ROW/seed-N/            a run directory with job.json (what was begun) and result.json (when finished)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nextvec import __version__
+from nextvec.errors import ConfigError
+from nextvec.files import read_json, write_json
+from nextvec.sweep.plan import Job, first_difference
+from nextvec.sweep.spec import SweepSpec
+
+FORMAT = 1  # of sweep.json, job.json and result.json
+SWEEP, RATES, JOB, RESULT = "sweep.json", "rates.json", "job.json", "result.json"
+
+
+def check_folder(out: Path) -> None:
+    """Raises ConfigError for a folder that holds something else than a sweep."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"a sweep is a folder; {out} is a file: give another name with --out")
+    if out.exists() and not (out / SWEEP).is_file() and any(path.name != ".lock" for path in out.iterdir()):
+        raise ConfigError(f"{out} holds something that is not a sweep; give another folder with --out")
+
+
+def open_folder(out: Path, spec: SweepSpec) -> None:
+    """Make the folder this sweep's, new or begun before. Raises ConfigError where rows read other data than the spec names."""
+    if (out / SWEEP).is_file() and any(out.glob("rows/*/*/*/" + JOB)):
+        before = read_sweep(out)["spec"]["data"]
+        found = first_difference(before, spec.data.model_dump(mode="json"), "data.")
+        if found is not None:
+            raise _edited(spec, out, "its rows", found)
+    write_sweep(out, spec)
+
+
+def write_sweep(out: Path, spec: SweepSpec) -> None:
+    points = [{"name": row.name, "stage": row.stage, "folder": row.folder} for row in spec.points()]
+    write_json(
+        out / SWEEP, {"format": FORMAT, "nextvec": __version__, "spec": spec.model_dump(mode="json"), "rows": points}
+    )
+
+
+def read_sweep(out: Path) -> dict[str, Any]:
+    """sweep.json. Raises DataError when damaged, ConfigError for one of a newer nextvec."""
+    found: dict[str, Any] = read_json(out / SWEEP, "sweep")
+    if found.get("format", 0) > FORMAT:
+        raise ConfigError(f"{out / SWEEP} has format {found['format']}, newer than this nextvec reads ({FORMAT})")
+    return found
+
+
+def check_begun(out: Path, spec: SweepSpec, jobs: Sequence[Job]) -> None:
+    """Refuse a spec that would change or drop a row that was begun; new rows and seeds are welcome. Raises ConfigError."""
+    planned = {job.folder: job for job in jobs}
+    for path in sorted(out.glob("rows/*/*/*/" + JOB)):
+        folder = path.parent.relative_to(out)
+        begun = read_json(path, "begun row")
+        job = planned.get(folder)
+        if job is None:
+            raise ConfigError(
+                f"{spec.name} was edited after rows were run: {out} holds the row {begun['row']} at seed {begun['seed']}, "
+                "which it no longer has; put it back, or give a new folder with --out"
+            )
+        found = first_difference(begun["identity"], job.identity)
+        if found is not None:
+            raise _edited(spec, out, f"row {job.row.name}", found)
+
+
+def begin(folder: Path, job: Job) -> None:
+    """Note what is begun in the folder of a row, before its training."""
+    if not (folder / JOB).is_file():
+        content = {"format": FORMAT, "row": job.row.name, "seed": job.seed, "identity": job.identity}
+        write_json(folder / JOB, content)
+
+
+@contextmanager
+def held(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold the lock file `path` while inside; False when another process holds it and `wait` is not set.
+
+    A lock ends with its process, however that ends. Where the system has no such locks, everybody gets it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _edited(spec: SweepSpec, out: Path, what: str, found: tuple[str, Any, Any]) -> ConfigError:
+    key, before, now = found
+    return ConfigError(
+        f"{spec.name} was edited after rows were run: {what} in {out} began with {key} {before!r} and it now says {now!r}; "
+        "set it back, or give a new folder with --out"
+    )
