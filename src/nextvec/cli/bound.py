@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nextvec.cli import app
-from nextvec.cli.shared import progress_bars, trained_context
+from nextvec.cli.shared import Solver, Steps, change_solver, progress_bars, trained_context
 
 
 @app.command()
@@ -32,6 +32,8 @@ def bound(
     patch_size: Annotated[
         int | None, typer.Option(help="Without a CALM: K of the CALM compared with, whose positions are scored; 4.")
     ] = None,
+    solver: Solver = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same figures.")] = 0,
     max_documents: Annotated[int | None, typer.Option(help="Only the first documents of the data.")] = None,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
@@ -55,6 +57,7 @@ def bound(
     check_target(json)
     where = choose_device(device)
     loaded = load_run(run, where)
+    change_solver(loaded, solver, steps)
     tokenizer = loaded.text_tokenizer
     calm = loaded.model if isinstance(loaded.model, Calm) else None
     exact = loaded.model if isinstance(loaded.model, TokenLM) else None
@@ -62,6 +65,11 @@ def bound(
         raise ConfigError(f"{run} holds an autoencoder, which predicts nothing: give a calm or token_lm run")
     if calm is not None and patch_size is not None and patch_size != calm.patch_size:
         raise ConfigError(f"--patch-size is for a baseline alone; {run} has patches of {calm.patch_size}: leave it out")
+    if calm is not None and not calm.has_latents:
+        raise ConfigError(
+            f"{run} has the {calm.config.head.kind} head, which draws no latent to integrate over; its exact value is the "
+            "cross_entropy of its metrics"
+        )
     if baseline is not None:
         if exact is not None:
             raise ConfigError(f"{run} is a baseline itself; give a calm run with --baseline {baseline}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nextvec.cli import app
-from nextvec.cli.shared import progress_bars, trained_context
+from nextvec.cli.shared import Solver, Steps, change_solver, progress_bars, trained_context
 
 if TYPE_CHECKING:
     from nextvec.evaluate.windows import Layout
@@ -36,6 +36,8 @@ def evaluate(
     estimator: Annotated[
         str, typer.Option(help="all_pairs, two_draws (as in the paper), or exact_tail (baseline).")
     ] = "all_pairs",
+    solver: Solver = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same figures.")] = 0,
     max_documents: Annotated[int | None, typer.Option(help="Only the first documents of the data.")] = None,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
@@ -72,6 +74,7 @@ def evaluate(
     where = choose_device(device)
     loaded = load_run(run, where)
     model, tokenizer = loaded.model, loaded.text_tokenizer
+    change_solver(loaded, solver, steps)
     documents = read_documents(data, tokenizer, limit=max_documents, text_key=text_key, layout=layout)
     result: dict[str, Any] = {
         "nextvec": __version__,
@@ -79,6 +82,8 @@ def evaluate(
         "kind": loaded.config.kind,
         "data": data,
     }
+    if isinstance(model, Calm):
+        result["head"] = model.config.head.model_dump()
 
     def generator() -> torch.Generator:
         return torch.Generator(where).manual_seed(seed)

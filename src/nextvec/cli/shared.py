@@ -1,14 +1,20 @@
-"""What verbs that read a trained run have in common: the context of its training, and progress bars."""
+"""What verbs that read a trained run have in common: the context of its training, its head's solver, and progress bars."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     from nextvec.config import ModelRun
+    from nextvec.rundir import Run
+
+Solver = Annotated[str | None, typer.Option(help="Flow and diffusion heads: another solver than the run's own.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Flow and diffusion heads: solver steps per draw.")]
 
 
 def trained_context(config: ModelRun) -> int:
@@ -41,3 +47,16 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
+
+
+def change_solver(run: Run, solver: str | None, steps: int | None) -> None:
+    """Let the run's head draw by another solver or in other steps. Raises ConfigError where it has none."""
+    from nextvec.errors import ConfigError
+    from nextvec.model.calm import Calm
+
+    if isinstance(run.model, Calm):
+        run.model.set_solver(solver, steps)
+    elif solver is not None or steps is not None:
+        raise ConfigError(
+            f"{run.path} holds a {type(run.model).__name__}, which has no head: leave --solver and --steps out"
+        )

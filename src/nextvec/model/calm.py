@@ -120,6 +120,13 @@ class Calm(nn.Module):
         """The frozen autoencoder's posterior of the target patches: the distribution that the head learns."""
         return self.autoencoder.encode(ids_NK)
 
+    def set_solver(self, solver: str | None, steps: int | None) -> None:
+        """Draw by another solver, or in another number of steps, from now on. Raises ConfigError where the head cannot."""
+        self.config = self.config.with_solver(solver, steps)
+        head: Any = self.head
+        if solver is not None or steps is not None:
+            head.config = self.config.head
+
     def loss(self, state_ND: Tensor, target_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """The head's mean loss of states (..., D) against the patches (..., K) that follow them, and detached figures."""
         target: Any = self.teacher(target_NK) if self.has_latents else target_NK

@@ -1,0 +1,255 @@
+"""Every verb with every head, tiny and end to end: train, resume, score, continue a prompt, count, measure."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from nextvec.bench import limits, memory, run
+from nextvec.cli import main
+from nextvec.model.calm import Calm
+from nextvec.rundir import load_run
+from nextvec.text.batches import Batches
+from nextvec.text.prepare import prepare
+from nextvec.text.tokenizer import byte_tokenizer
+from nextvec.train.metrics import read_metrics
+
+HEADS = {
+    "energy": {"noise": 4, "blocks": 1},  # as settings files had it before there were other heads
+    "flow": {"kind": "flow", "blocks": 1, "teacher_draws": 2, "steps": 3},
+    "diffusion": {"kind": "diffusion", "blocks": 1, "teacher_draws": 2, "solver": "dpm++", "steps": 4},
+    "autoregressive": {"kind": "autoregressive"},
+}
+OBJECTIVES = {"energy": "energy", "flow": "flow", "diffusion": "diffusion", "autoregressive": "cross_entropy"}
+SETTINGS = {
+    "data": {"context_tokens": 32, "rows": 2},
+    "optim": {"lr": 0.003, "warmup": 4},
+    "train": {"steps": 16, "log_every": 4, "eval_every": 8, "precision": "fp32"},
+}
+TIMES = ("seconds", "cpu_seconds", "tokens_per_s", "share", "memory_bytes")
+every_head = pytest.mark.parametrize("head", HEADS)
+with_solver = pytest.mark.parametrize("head", ["flow", "diffusion"])
+without_solver = pytest.mark.parametrize("head", ["energy", "autoregressive"])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a tiny corpus, an autoencoder, and a trained run of every head with the recipe `fast`."""
+    work = tmp_path_factory.mktemp("heads")
+    (work / "text").mkdir()
+    for index in range(30):
+        lines = [f"def f{index}_{n}(x):\n    return x + {n * index}\n" for n in range(12)]
+        (work / "text" / f"{index}.py").write_text("".join(lines))
+    prepare([str(work / "text")], byte_tokenizer(), work / "shards", valid_fraction=0.2, workers=1)
+    model = {"patch_size": 2, "width": 16, "inner": 24, "latent": 8}
+    (work / "ae.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": model}))
+    for name, head in HEADS.items():
+        model = {"backbone": {"layers": 1, "width": 16, "inner": 32, "heads": 2}, "head": head}
+        (work / f"{name}.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": model}))
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["train", "autoencoder", "--config", work / "ae.yaml", "--data", work / "shards", "--out", work / "ae"]
+        assert command(patch, *words, "--device", "cpu") == 0
+        for name in HEADS:
+            assert train(patch, work, name, work / name) == 0
+    return work
+
+
+def command(patch: pytest.MonkeyPatch, *words: object) -> int:
+    """Exit status of the command line."""
+    patch.setattr(sys, "argv", ["nextvec", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def train(patch: pytest.MonkeyPatch, work: Path, head: str, out: Path, *more: str) -> int:
+    words = ["train", "lm", "--config", work / f"{head}.yaml", "--data", work / "shards", "--out", out]
+    return command(patch, *words, "--autoencoder", work / "ae", "--device", "cpu", *more)
+
+
+def refused(patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one sentence of a refused command."""
+    capsys.readouterr()
+    assert command(patch, *words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(run)]
+
+
+@every_head
+def test_training_logs_its_loss_and_writes_a_run(work: Path, head: str) -> None:
+    trained = [row for row in read_metrics(work / head) if row["kind"] == "train"]
+    held_out = [row for row in read_metrics(work / head) if row["kind"] == "eval"]
+    for row in trained:
+        assert row["loss"] == pytest.approx(row[OBJECTIVES[head]] + row["auxiliary"], rel=1e-5)
+    assert trained[-1][OBJECTIVES[head]] < trained[0][OBJECTIVES[head]] + (1.0 if head == "energy" else 0.0)
+    assert {OBJECTIVES[head], "conditioning_gap"} <= held_out[-1].keys()
+    card = (work / head / "README.md").read_text(encoding="utf-8")
+    assert f"| head | {head}, 1 blocks" in card
+    assert (f"draws in {HEADS[head].get('steps')} steps of" in card) is (head in ("flow", "diffusion"))
+    model = load_run(work / head).model
+    assert isinstance(model, Calm)
+    assert model.config.head.kind == head
+
+
+@every_head
+def test_the_recipe_paper_interrupted_and_resumed_equals_uninterrupted(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(monkeypatch, work, head, whole, "recipe.name=paper") == 0
+    original = Batches.batch
+
+    def batch(self: Batches, index: int) -> torch.Tensor:
+        if index == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "batch", batch)
+        assert train(patch, work, head, cut, "recipe.name=paper") == 130
+    again = ["train", "lm", "--out", cut, "--resume", "--autoencoder", work / "ae", "--device", "cpu"]
+    assert command(monkeypatch, *again) == 0
+    before, after = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert rows(whole) == rows(cut)
+
+
+@every_head
+def test_brier_lm_generation_and_operations(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    out = tmp_path / "eval.json"
+    words = [
+        "eval",
+        work / head,
+        "--data",
+        work / "shards" / "valid",
+        "--draws",
+        2,
+        "--max-documents",
+        2,
+        "--json",
+        out,
+    ]
+    assert command(monkeypatch, *words) == 0
+    result = json.loads(out.read_text())
+    assert result["head"]["kind"] == head
+    assert len(result["brier"]["brier"]) == 4
+    texts = []
+    for temperature in (1.0, 0.5, 1.0):
+        capsys.readouterr()
+        words = ["generate", work / head, "--prompt", "def f(x", "--temperature", temperature, "--candidates", 6]
+        assert command(monkeypatch, *words, "--max-tokens", 12, "--seed", 3) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[2]
+    assert all(text.startswith("def f(x") for text in texts)
+    assert command(monkeypatch, "flops", work / head, "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["inference_flops_per_token"] > 0
+
+
+@every_head
+def test_bench_measures_its_training_step(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    monkeypatch.setattr(run, "square_rates", functools.partial(limits.square_rates, sides=(16,)))
+    monkeypatch.setattr(memory, "peak_bytes", memory.measure)
+    monkeypatch.setattr(limits, "BURST", 1e-5)
+    out = tmp_path / "bench.json"
+    words = ["bench", "train", "--config", work / f"{head}.yaml", "--repeats", 1, "--seconds", 1e-6, "--device", "cpu"]
+    words += ["model.autoencoder.vocab_size=259", "model.autoencoder.patch_size=2", "model.autoencoder.width=16"]
+    assert command(monkeypatch, *words, "--no-plain", "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert found["tokens_per_s"] > 0
+    assert found["breakdown"]["head"]["share"] > 0.01
+    assert ("energy loss" in found["breakdown"]) is (head == "energy")
+    if head != "energy":
+        assert f"this model the {head} head: --no-plain" in refused(monkeypatch, capsys, *words)
+
+
+@with_solver
+def test_another_solver_at_the_command_line(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    solver, foreign = ("heun", "ddim") if head == "flow" else ("ddim", "euler")
+    data = ["--data", work / "shards" / "valid", "--max-documents", 2]
+    found = []
+    for steps in (1, 2):
+        out = tmp_path / f"{steps}.json"
+        words = ["eval", work / head, *data, "--draws", 2, "--json", out]
+        assert command(monkeypatch, *words, "--solver", solver, "--steps", steps) == 0
+        found.append(json.loads(out.read_text()))
+    assert [(each["head"]["solver"], each["head"]["steps"]) for each in found] == [(solver, 1), (solver, 2)]
+    assert load_run(work / head).config.model.head.solver == HEADS[head].get(
+        "solver", "midpoint"
+    )  # the run is as it was
+    operations = []
+    for steps in (1, 2):
+        capsys.readouterr()
+        assert command(monkeypatch, "flops", work / head, "--steps", steps, "--json") == 0
+        operations.append(json.loads(capsys.readouterr().out)[0]["inference_flops_per_token"])
+    assert operations[0] < operations[1]
+    for verb in (
+        ["eval", work / head, *data],
+        ["generate", work / head],
+        ["bound", work / head, *data],
+        ["flops", work / head],
+    ):
+        told = refused(monkeypatch, capsys, *verb, "--solver", foreign)
+        assert f"the {head} head knows the solvers" in told
+        assert told.endswith(f"got {foreign!r}")
+        assert "steps must be at most 1000" in refused(monkeypatch, capsys, *verb, "--steps", 1001)
+
+
+@without_solver
+def test_a_head_without_a_solver_says_so(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    data = ["--data", work / "shards" / "valid"]
+    for verb in (["eval", work / head, *data], ["generate", work / head], ["flops", work / head]):
+        told = refused(monkeypatch, capsys, *verb, "--steps", 3)
+        assert told == f"nextvec: the {head} head draws without a solver: leave out solver and steps"
+    told = refused(monkeypatch, capsys, "eval", work / "ae", *data, "--solver", "heun")
+    assert "holds a Autoencoder, which has no head: leave --solver and --steps out" in told
+
+
+@every_head
+def test_the_likelihood_bound_is_for_heads_of_latents(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    words = ["bound", work / head, "--data", work / "shards" / "valid", "--draws", 2, "--patches", 8]
+    if head == "autoregressive":
+        assert "draws no latent to integrate over; its exact value is the cross_entropy" in refused(
+            monkeypatch, capsys, *words
+        )
+    else:
+        assert command(monkeypatch, *words) == 0
+        assert "bits per byte" in capsys.readouterr().out
+
+
+def test_a_new_kind_leaves_the_settings_of_the_old_head_behind(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`model.head.kind=flow` over a file with an energy head: its `noise` goes, its `blocks` stay."""
+    assert train(monkeypatch, work, "energy", tmp_path / "run", "model.head.kind=flow", "train.steps=1") == 0
+    assert load_run(tmp_path / "run").config.model.head.model_dump() == {
+        "kind": "flow", "blocks": 1, "teacher_draws": 8, "solver": "midpoint", "steps": 10,
+    }  # fmt: skip
+    words = ["train", "lm", "--config", work / "energy.yaml", "--data", work / "shards", "--autoencoder", work / "ae"]
+    told = refused(monkeypatch, capsys, *words, "--out", tmp_path / "x", "model.head.kind=flow", "energy.draws=4")
+    assert "energy is for the energy head, and model.head.kind is flow: leave it out" in told
+    assert not (tmp_path / "x").exists()
