@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from nextvec import cli
-from nextvec.cli.generate import generate as verb
-from nextvec.config import (
-    AutoencoderRun,
-    CalmRun,
-    DataSettings,
-    TokenLMConfig,
-    TokenLMRun,
-)
 from nextvec.errors import UserError
-from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
-from nextvec.rundir import save_run
 from nextvec.sampling.generate import Step, generate, generate_texts, stream_text
 from nextvec.sampling.settings import Sampling, row_generator
 from nextvec.sampling.stream import TextStream, patch_texts
 from nextvec.sampling.temperature import batch_temperature, sample_logits
 from nextvec.text.tokenizer import train_tokenizer
-from sampling_models import BACKBONE, EOS, PAD, TOKENIZER, VOCAB, calm, calm_config, spread, token_lm
+from sampling_models import EOS, PAD, TOKENIZER, VOCAB, calm, token_lm
 
 CPU = torch.device("cpu")
 TEXT = "naïve café — 東京 🎲🎲 Ωmega, "
@@ -300,98 +286,3 @@ def test_bad_settings_are_refused_at_the_call() -> None:
     model.tokenizer = None
     with pytest.raises(UserError, match="this model has no tokenizer"):
         stream_text(model, "a")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    data = DataSettings(path="unused")
-    config = calm_config(3)
-    autoencoder = Autoencoder(config.autoencoder)
-    spread(autoencoder)
-    save_run(folder / "ae", AutoencoderRun(data=data, model=config.autoencoder), autoencoder, TOKENIZER)
-    save_run(folder / "calm", CalmRun(data=data, model=config), calm(3, torch.float32), TOKENIZER)
-    token_config = TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE)
-    save_run(folder / "tokens", TokenLMRun(data=data, model=token_config), token_lm(torch.float32), TOKENIZER)
-    return folder
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["nextvec", "generate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0)
-
-
-@pytest.mark.parametrize("kind", ["calm", "tokens"])
-def test_the_command_prints_the_prompt_and_its_continuation(
-    kind: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = (Calm if kind == "calm" else TokenLM).from_pretrained(runs / kind)
-    options = ["--prompt", "né", "--candidates", 8, "--max-tokens", 12, "--seed", 4, "--device", "cpu"]
-    assert command(monkeypatch, runs / kind, *options) == 0
-    pieces = list(model.stream("né", candidates=8, max_tokens=12, seed=4))  # the same default temperature
-    assert capsys.readouterr().out == "né" + "".join(pieces) + "\n"
-
-    assert command(monkeypatch, runs / kind, *options, "--show-patches") == 0
-    prompt = ["né"] if kind == "calm" else ["n", "", "é"]  # n and the two bytes of é fill one patch of three
-    assert capsys.readouterr().out == "│".join([*prompt, *pieces]) + "\n"
-
-
-def test_a_rest_of_the_prompt_is_shown_in_the_patch_that_it_begins(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--prompt", "abcde", "--candidates", 8, "--max-tokens", 7, "--device", "cpu", "--show-patches"]
-    assert command(monkeypatch, runs / "calm", *options) == 0
-    pieces = list(Calm.from_pretrained(runs / "calm").stream("abcde", candidates=8, max_tokens=7))
-    assert capsys.readouterr().out == "│".join(["abc", "de" + pieces[0], *pieces[1:]]) + "\n"
-
-
-def test_a_terminal_without_unicode_gets_question_marks(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
-    assert command(monkeypatch, runs / "calm", "--prompt", "é", "--candidates", 4, "--max-tokens", 3) == 0
-    assert written.getvalue().startswith(b"?")
-    assert written.getvalue().endswith(b"\n")
-
-
-def test_the_commands_defaults_are_those_of_the_api() -> None:
-    options = inspect.signature(verb).parameters
-    for name in ("temperature", "candidates", "max_tokens", "seed"):
-        assert options[name].default == getattr(Sampling(), name)
-
-
-def test_text_beyond_the_context_of_training_is_told(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(monkeypatch, runs / "tokens", "--prompt", "abc", "--max-tokens", 2) == 0
-    assert capsys.readouterr().err == ""
-    assert command(monkeypatch, runs / "tokens", "--prompt", "abc", "--max-tokens", 1022, "--temperature", 1) == 0
-    assert "make 1,025 tokens; the model was trained on 1,024" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["calm", "--temperature", 0], "temperature must be in (0, 1]; got 0: "),
-        (["calm", "--temperature", 1.5], "temperature must be in (0, 1]; got 1.5: "),
-        (["calm", "--temperature", 0.1, "--candidates", 9], "temperature 0.1 needs at least 10 candidates"),
-        (["calm", "--max-tokens", 0], "max_tokens must be at least 1; got 0"),
-        (["calm", "--device", "tpu"], "device must be one of auto, cpu, cuda, mps; got 'tpu'"),
-        (["ae"], "is an autoencoder, which has no next patch to draw: give the run of a calm or token_lm"),
-        (["missing"], "is not a run directory"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_exit_status_two(
-    arguments: list[object],
-    sentence: str,
-    runs: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert command(monkeypatch, runs / str(arguments[0]), *arguments[1:]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("nextvec: ")
-    assert sentence in printed.err
-    assert printed.err.count("\n") == 1
