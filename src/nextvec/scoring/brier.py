@@ -85,11 +85,10 @@ class BrierResult:
 
     def __str__(self) -> str:
         lines = []
+        where = f"{self.documents:,} {'document' if self.documents == 1 else 'documents'}"
         for order, (value, count) in enumerate(zip(self.brier, self.positions, strict=True), 1):
             error = "" if self.brier_stderr is None else f" ± {decimals(self.brier_stderr[order - 1])}"
-            lines.append(
-                f"Brier-{order}  {decimals(value, '+')}{error}  ({count:,} n-grams in {self.documents:,} documents)"
-            )
+            lines.append(f"Brier-{order}  {decimals(value, '+')}{error}  ({count:,} n-grams in {where})")
         if self.brier_lm is None:
             lines.append(f"BrierLM  none: {self.why_none()}")
         else:
