@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -138,6 +139,20 @@ def trial_of(whole: Whole) -> Callable[[], Tensor]:
 def test_regions_are_found_once_each() -> None:
     whole = Whole()
     assert compile_regions_of(whole) == list(whole.model.blocks)
+    whole.model.blocks[1].requires_grad_(False)
+    assert compile_regions_of(whole) == [whole.model.blocks[0], whole.model.blocks[2]]  # a frozen one is not worth it
+
+
+def test_kernels_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("nextvec.train.compile.compiler_problem", lambda device: None)
+    for given, expected in (("", tmp_path / "nextvec" / "compiled"), (str(tmp_path / "own"), tmp_path / "own")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+        if not given:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        whole = Whole()
+        assert compile_blocks(whole, CPU, trial_of(whole), [].append, "eager")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(expected)
 
 
 def test_compiled_blocks_equal_eager_ones_and_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

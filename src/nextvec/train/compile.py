@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,13 +14,22 @@ from nextvec.hardware import compiler_problem
 
 
 def compile_regions_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks that `module` or its parts offer through `compile_regions() -> list[nn.Module]`, each once."""
+    """The trained blocks that `module` or its parts offer through `compile_regions() -> list[nn.Module]`, each once.
+
+    A frozen block (CALM's autoencoder) runs forward only, once a step: its share is less than compiling it costs.
+    """
     found: dict[int, nn.Module] = {}
     for part in module.modules():
         offered = getattr(part, "compile_regions", None)
         if callable(offered):
-            found |= {id(region): region for region in offered()}
+            found |= {id(region): region for region in offered() if any(p.requires_grad for p in region.parameters())}
     return list(found.values())
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/nextvec/compiled, by default in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "nextvec" / "compiled"
 
 
 def compile_blocks(
@@ -32,9 +43,10 @@ def compile_blocks(
 
     `trial` runs the module forward and backward once: compilation is lazy, so only a run shows whether it works. When
     there is no compiler or the trial fails, the blocks stay eager. `say` gets one line: the seconds it took, or the
-    reason. The first time on a machine is slow (10 to 30 s of a C++ compiler on a CPU); later runs find the kernels in
-    torch's cache on disk.
+    reason. The first time on a machine is slow (docs/performance.md); later runs find the kernels in a folder of the
+    user's cache, where torch's own place is /tmp. TORCHINDUCTOR_CACHE_DIR names another.
     """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
     regions = compile_regions_of(module)
     problem = compiler_problem(device) or (None if regions else "this model offers no blocks to compile")
     if problem is None:
