@@ -37,6 +37,10 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print rows, steps and machine time; run nothing.")
     ] = False,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1, help="With --dry-run: plan for a machine of so many operations a second, not this one."),
+    ] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the shipped specs.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
@@ -62,8 +66,10 @@ def sweep(
     if dry_run:
         from nextvec.hardware import choose_device
 
-        _dry_run(found, folders, wanted, choose_device(device).type)
+        _dry_run(found, folders, wanted, choose_device(device).type, rate)
         return
+    if rate is not None:
+        raise ConfigError("--rate plans, and only --dry-run does that: leave it out")
     from nextvec.sweep.run import run_sweep
 
     for source, spec, folder in zip(named(specs), found, folders, strict=True):
@@ -126,22 +132,27 @@ def _wanted(specs: list[SweepSpec], only: list[str], seeds: list[int]) -> Callab
     return test
 
 
-def _dry_run(specs: list[SweepSpec], folders: list[Path], wanted: Callable[[Job], bool], device: str) -> None:
+def _dry_run(
+    specs: list[SweepSpec], folders: list[Path], wanted: Callable[[Job], bool], device: str, rate: float | None
+) -> None:
     """Rows, steps and machine time, finished rows marked; nothing is written."""
+    import os
+
     import torch
 
     from nextvec.report.words import count, duration
     from nextvec.sweep.estimate import Rates, estimate
     from nextvec.sweep.folder import RATES, RESULT
-    from nextvec.sweep.plan import make_jobs, tokens_per_step
+    from nextvec.sweep.plan import assumed_vocabulary, make_jobs, tokens_per_step
 
     total = longest = 0.0
     rows = finished = 0
     for spec, folder in zip(specs, folders, strict=True):
-        rates = Rates(folder / RATES, torch.device(device), keep=False)
-        jobs = [job for job in make_jobs(spec, rates) if wanted(job)]
+        rates = Rates(folder / RATES, torch.device(device), keep=False, flops=rate)
+        vocabulary, note = assumed_vocabulary(spec)
+        jobs = [job for job in make_jobs(spec, rates, vocabulary) if wanted(job)]
         found, encoders = estimate(spec, jobs, rates)
-        print(f"{spec.name}: {spec.about}")
+        print(f"{spec.name}: {spec.about}" + (f" ({note})" if note else ""))
         for item in found:
             if item.job.seed == found[0].job.seed:
                 run = item.job.run
@@ -163,6 +174,12 @@ def _dry_run(specs: list[SweepSpec], folders: list[Path], wanted: Callable[[Job]
         )
         total, rows, finished = total + left, rows + len(found), finished + len(done)
         longest = max([longest, *(item.total for item in found), *encoders.values()])
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") and rate is None else 0.0
+    if busy > 1.2 * (os.cpu_count() or 1):
+        print(
+            f"The machine is busy (load {busy:.1f} on {os.cpu_count()} cores): an idle one is quicker than this says."
+        )
+    where = f"on {device}" if rate is None else f"at {rate:.3g} operations a second"
     print(
-        f"{rows - finished} rows to run: {duration(total)} of machine time on {device}, the longest piece {duration(longest)}"
+        f"{rows - finished} rows to run: {duration(total)} of machine time {where}, the longest piece {duration(longest)}"
     )

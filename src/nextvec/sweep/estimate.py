@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,20 +19,15 @@ from nextvec.hardware import choose_precision, matmul_rates, synchronize
 from nextvec.sweep.plan import Job, digest, flops_per_token, tokens_per_step
 from nextvec.sweep.spec import SweepSpec
 
-MEASURED_STEPS = 3  # after one for warm-up; the median counts
+MEASURED_STEPS = 3  # after one for warm-up; the quickest counts: a machine has other work, too
 MEASURED_SECONDS = 1.0  # or fewer steps, once so much time has been measured
 MEASURABLE = 20.0  # seconds: a model whose steps would take longer than this is counted, not run
 SHARE = 0.3  # of the machine's rate of matrix products that a training step reaches, where it is not measured
 DOCUMENTS, DOCUMENT_TOKENS = 40, 2048  # scored, where neither spec nor data say
-_FREE = (
-    "seed",
-    "steps",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "save_minutes",
-    "init_std",
-)  # train.*: no effect on speed
+_FREE = {  # settings without an effect on speed
+    "seed", "steps", "log_every", "eval_every", "save_every", "save_minutes", "init_std",
+    "kl_weight", "kl_clip", "latent_dropout", "token_dropout", "mask_id",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,10 +47,11 @@ class Estimate:
 class Rates:
     """Seconds of a step by settings; kept in a file, so that a budget in seconds means the same steps next time."""
 
-    def __init__(self, path: Path, device: torch.device, keep: bool = True) -> None:
-        self.path, self.device, self.keep = path, device, keep
+    def __init__(self, path: Path, device: torch.device, keep: bool = True, flops: float | None = None) -> None:
+        """keep: write what is measured to `path`; flops: plan for a machine of so many operations a second, not this one."""
+        self.path, self.device, self.keep, self.flops = path, device, keep, flops
         self.found: dict[str, dict[str, Any]] = {}
-        if path.is_file():
+        if path.is_file() and flops is None:
             self.found = read_json(path, "measured rates")
 
     def __call__(self, run: RunConfig) -> float:
@@ -72,14 +67,13 @@ class Rates:
         return self.found[key]
 
     def key(self, run: RunConfig) -> str:
-        plain = run.model_dump(mode="json")
-        plain["train"] = {name: value for name, value in plain["train"].items() if name not in _FREE}
+        plain = _without_free(run.model_dump(mode="json"))
         plain["optim"] = plain["optim"]["name"]
         return digest({**plain, "device": self.device.type})[:12]
 
     def _measure(self, run: RunConfig) -> dict[str, Any]:
         counted = self.counted(run)
-        if counted * (1 + MEASURED_STEPS) > MEASURABLE:
+        if self.flops is not None or counted * (1 + MEASURED_STEPS) > MEASURABLE:
             return {"seconds": counted, "how": "counted"}
         precision = run.train.precision if run.train.precision != "auto" else choose_precision(self.device)[0]
         with TemporaryDirectory() as folder:
@@ -94,11 +88,11 @@ class Rates:
                 step()
                 synchronize(self.device)
                 times.append(time.perf_counter() - began)
-        return {"seconds": statistics.median(times), "how": "measured"}
+        return {"seconds": min(times), "how": "measured"}
 
     def counted(self, run: RunConfig) -> float:
-        """Seconds of a step at SHARE of the machine's measured rate of matrix products."""
-        rate = SHARE * max(matmul_rates(self.device).values())
+        """Seconds of a step at the rate given, or at SHARE of this machine's measured rate of matrix products."""
+        rate = self.flops or SHARE * max(matmul_rates(self.device).values())
         return tokens_per_step(run) * flops_per_token(run) / rate
 
 
@@ -135,3 +129,11 @@ def _scoring(spec: SweepSpec, job: Job, rates: Rates) -> float:
     chained = -(-4 // K) * K  # tokens drawn for an n-gram of 4
     reading = cost(run.model, context=asked.context_tokens // K).inference_split.total
     return 2 * tokens * reading * (1 + asked.draws * chained / stride) / rate  # 2: windows overlap by half
+
+
+def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_free(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in _FREE
+    }

@@ -72,6 +72,15 @@ def make_jobs(spec: SweepSpec, rate: Rate, vocabulary: Vocabulary | None = None)
     return [_job(spec, row, seed, vocabulary, stride, rate) for seed in spec.seeds for row in spec.points()]
 
 
+def assumed_vocabulary(spec: SweepSpec) -> tuple[Vocabulary, str | None]:
+    """For planning only: where shards or tokenizer are not there yet, data.vocab_size, and a line that says so."""
+    missing = next((path for path in (spec.data.shards, spec.data.tokenizer) if path and not Path(path).exists()), None)
+    if missing is None:
+        return expected_vocabulary(spec), None
+    size = spec.data.vocab_size
+    return Vocabulary(size, 0), f"{missing} does not exist yet: planned for a vocabulary of {size:,} tokens"
+
+
 def common_stride(spec: SweepSpec, vocabulary: Vocabulary) -> int:
     """Tokens between scored positions, the same for all rows: they are scored at the same positions."""
     if spec.evaluate.stride is not None:

@@ -104,6 +104,7 @@ class SweepSpec(Config):
     budget: BudgetSpec | None = None  # None: train.steps of the settings
     evaluate: EvaluateSpec = EvaluateSpec()
     paper: dict[str, float] = Field(default_factory=dict)  # the paper's BrierLM by row
+    ranking: tuple[str, ...] = ()  # rows from best to worst, where the paper gives an order without figures
     reach: tuple[str, ...] = ()  # rows whose best final held-out loss others are timed to, by name or stage: name
 
     @model_validator(mode="after")
@@ -111,7 +112,7 @@ class SweepSpec(Config):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more different numbers; got {list(self.seeds)}")
         points = self.points()
-        for what, names in (("paper", self.paper), ("reach", self.reach)):
+        for what, names in (("paper", self.paper), ("ranking", self.ranking), ("reach", self.reach)):
             for name in names:
                 if name not in {row.name for row in points}:
                     raise ValueError(f"{what}: {unknown_name('row', name, [row.name for row in points])}")

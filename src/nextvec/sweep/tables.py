@@ -169,8 +169,9 @@ class Ordering:
 
 
 def orderings(sweep: Sweep) -> list[Ordering]:
-    """Every pair of finished rows that the paper gives different figures for."""
-    paper: Mapping[str, float] = sweep.spec["paper"]
+    """Every pair of finished rows that the paper gives different figures for, or ranks."""
+    ranking = sweep.spec["ranking"]
+    paper: dict[str, float] = {name: -float(place) for place, name in enumerate(ranking)} or sweep.spec["paper"]
     rows = [row for row in sweep.rows if row.name in paper and row.results]
     found = []
     for index, first in enumerate(rows):
