@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
