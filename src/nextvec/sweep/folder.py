@@ -39,10 +39,12 @@ def open_folder(out: Path, spec: SweepSpec) -> None:
         found = first_difference(before, spec.data.model_dump(mode="json"), "data.")
         if found is not None:
             raise _edited(spec, out, "its rows", found)
-    write_sweep(out, spec)
+    if not (out / SWEEP).is_file():
+        write_sweep(out, spec)
 
 
 def write_sweep(out: Path, spec: SweepSpec) -> None:
+    """Keep the spec for the report; once it is known to fit what was begun."""
     points = [{"name": row.name, "stage": row.stage, "folder": row.folder} for row in spec.points()]
     write_json(
         out / SWEEP, {"format": FORMAT, "nextvec": __version__, "spec": spec.model_dump(mode="json"), "rows": points}

@@ -21,7 +21,7 @@ from nextvec.hardware import choose_device, environment
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.rundir import load_autoencoder, load_run
 from nextvec.sweep.estimate import Rates
-from nextvec.sweep.folder import FORMAT, RATES, RESULT, begin, check_begun, check_folder, held, open_folder
+from nextvec.sweep.folder import FORMAT, RATES, RESULT, begin, check_begun, check_folder, held, open_folder, write_sweep
 from nextvec.sweep.plan import Job, Vocabulary, flops_per_token, make_jobs
 from nextvec.sweep.spec import SweepSpec
 from nextvec.text.prepare import prepare
@@ -85,6 +85,7 @@ def run_sweep(
         vocabulary = Vocabulary(corpus.tokenizer.vocab_size, corpus.tokenizer.mask_id)
         jobs = make_jobs(spec, rates, vocabulary)
         check_begun(out, spec, jobs)
+        write_sweep(out, spec)
     sitting = _Sitting(spec, out, corpus, place, command, say, show)
     finished = skipped = busy = 0
     wanted = [job for job in jobs if only is None or only(job)]
