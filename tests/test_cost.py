@@ -203,8 +203,9 @@ def test_parameters_are_those_of_the_baseline():
     assert token_lm_cost(TINY_TOKENS).params == sum(p.numel() for p in model.parameters())
 
 
-def test_parameters_and_operations_of_an_autoencoder_alone():
-    config = TINY.autoencoder
+@pytest.mark.parametrize("variant", [{}, {"attention": True}, {"variational": False}], ids=str)
+def test_parameters_and_operations_of_an_autoencoder_alone(variant):
+    config = TINY.autoencoder.override(**variant)
     model, found = Autoencoder(config), autoencoder_cost(config)
     assert found.params == sum(p.numel() for p in model.parameters())
     ids = torch.zeros(7, 3, dtype=torch.long)

@@ -153,8 +153,10 @@ def has_setting(kind: Any, dotted: str) -> bool:
     first, _, rest = dotted.partition(".")
     if not (isinstance(kind, type) and issubclass(kind, Config) and first in kind.model_fields):
         return False
-    annotation = kind.model_fields[first].annotation
-    return not rest or any(has_setting(inner, rest) for inner in (annotation, *get_args(annotation)))
+    kinds = [kind.model_fields[first].annotation]
+    for annotation in kinds:  # grows while it is read: a section may be one kind among several
+        kinds += get_args(annotation)
+    return not rest or any(has_setting(inner, rest) for inner in kinds)
 
 
 def missing(span: str) -> str | None:
@@ -268,6 +270,7 @@ def house_table() -> str:
     """The README's table of the house: each file with the first line of its docstring, folders in the order of the data."""
     order = [
         "config.py",
+        "head_settings.py",
         "settings.py",
         "presets.py",
         "text",

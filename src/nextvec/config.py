@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from nextvec import settings
 from nextvec.errors import ConfigError
-from nextvec.settings import CHOICE, Count, Positive, Rate, Seed
+from nextvec.head_settings import HEADS as HEADS
+from nextvec.head_settings import SOLVERS as SOLVERS
+from nextvec.head_settings import TIMES as TIMES
+from nextvec.head_settings import AutoregressiveHeadConfig as AutoregressiveHeadConfig
+from nextvec.head_settings import DiffusionHeadConfig as DiffusionHeadConfig
+from nextvec.head_settings import EnergyHeadConfig as EnergyHeadConfig
+from nextvec.head_settings import FlowHeadConfig as FlowHeadConfig
+from nextvec.head_settings import HeadConfig as HeadConfig
+from nextvec.head_settings import HeadKind as HeadKind
 from nextvec.settings import Config as Config
+from nextvec.settings import Count, Positive, Rate, Seed
 from nextvec.settings import dump_yaml as dump_yaml
 from nextvec.settings import load_yaml as load_yaml
 from nextvec.settings import unknown_key as unknown_key
@@ -38,6 +47,8 @@ class AutoencoderConfig(Config):
     latent_dropout: Rate = 0.15  # probability, scaled as nn.Dropout [P]
     token_dropout: Rate = 0.15  # probability that an input token is replaced by mask_id [P]
     mask_id: Count = 0  # token id; 0 is what the authors' code writes [C]
+    variational: bool = True  # False: the latent is a point, without noise and KL; an ablation of the paper [P]
+    attention: bool = False  # tokens of a patch attend to each other; reconstructs better, hurts downstream [P]
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
 
     @model_validator(mode="after")
@@ -46,9 +57,16 @@ class AutoencoderConfig(Config):
             raise ValueError(
                 f"layers must be even (half before, half after the concatenation); got {self.layers}, try {self.layers + 1}"
             )
+        if self.attention and self.width % 2:
+            raise ValueError(f"width must be even for the rotary positions of attention; got {self.width}")
         if self.mask_id >= self.vocab_size:
             raise ValueError(f"mask_id must be below vocab_size {self.vocab_size}; got {self.mask_id}")
         return self
+
+    @property
+    def attention_heads(self) -> int:
+        """Of `attention`: as many as divide the width into even parts of at least 64."""
+        return next(h for h in range(max(1, self.width // 64), 0, -1) if self.width % (2 * h) == 0)
 
 
 class BackboneConfig(Config):
@@ -81,96 +99,6 @@ class BackboneConfig(Config):
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
-
-
-class EnergyHeadConfig(Config):
-    """Energy head: one network pass per draw (spec 3)."""
-
-    kind: Literal["energy"] = "energy"
-    noise: Positive = 64  # dimensions of the uniform noise on [-0.5, 0.5] [C]
-    blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
-
-
-class FlowHeadConfig(Config):
-    """Flow-matching head: a velocity field, integrated from noise to a latent (spec 3)."""
-
-    kind: Literal["flow"] = "flow"
-    blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
-    teacher_draws: Positive = 8  # per position in training, each with a time and a noise of its own [C]
-    solver: str = "midpoint"  # of SOLVERS["flow"] [C]
-    steps: Positive = 10  # solver steps per draw; midpoint and heun evaluate the network twice in each [C]
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        check_solver(self.kind, self.solver, self.steps)
-        return self
-
-    @property
-    def evaluations(self) -> int:
-        """Network passes per draw."""
-        return self.steps if self.solver == "euler" else 2 * self.steps
-
-
-class DiffusionHeadConfig(Config):
-    """Diffusion head: predicts the noise and a variance at TIMES steps of the cosine schedule (spec 3)."""
-
-    kind: Literal["diffusion"] = "diffusion"
-    blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
-    teacher_draws: Positive = 8  # per position in training, each with a step and a noise of its own [C]
-    solver: str = "ddpm"  # of SOLVERS["diffusion"] [C]
-    steps: Positive = 100  # solver steps per draw, one network pass each [C]
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        check_solver(self.kind, self.solver, self.steps)
-        return self
-
-    @property
-    def evaluations(self) -> int:
-        """Network passes per draw."""
-        return self.steps
-
-
-class AutoregressiveHeadConfig(Config):
-    """A causal decoder over the K tokens of the next patch, given the state: tokens with likelihoods, no latent [D]."""
-
-    kind: Literal["autoregressive"] = "autoregressive"
-    blocks: Positive = 1  # Transformer blocks of the backbone's width, inner width and heads
-
-
-HeadKind: TypeAlias = EnergyHeadConfig | FlowHeadConfig | DiffusionHeadConfig | AutoregressiveHeadConfig
-HEADS: dict[str, type[HeadKind]] = {
-    "energy": EnergyHeadConfig,
-    "flow": FlowHeadConfig,
-    "diffusion": DiffusionHeadConfig,
-    "autoregressive": AutoregressiveHeadConfig,
-}
-SOLVERS = {"flow": ("midpoint", "heun", "euler"), "diffusion": ("ddpm", "ddim", "dpm++")}
-TIMES = 1000  # times that the flow and diffusion heads tell apart [C]
-
-
-def check_solver(head: str, solver: str, steps: int) -> None:
-    """Raises ValueError in one sentence for a solver that the head does not know, or more steps than there are times."""
-    if solver not in SOLVERS[head]:
-        raise ValueError(f"the {head} head knows the solvers {', '.join(SOLVERS[head])}; got {solver!r}")
-    if steps > TIMES:
-        raise ValueError(f"steps must be at most {TIMES}, the times of the {head} head's schedule; got {steps}")
-
-
-def _head_kind(data: Any) -> str:
-    kind = data.get("kind", "energy") if isinstance(data, Mapping) else getattr(data, "kind", "energy")
-    return f"{CHOICE}{kind}"
-
-
-HeadConfig: TypeAlias = Annotated[
-    Annotated[EnergyHeadConfig, Tag(f"{CHOICE}energy")]
-    | Annotated[FlowHeadConfig, Tag(f"{CHOICE}flow")]
-    | Annotated[DiffusionHeadConfig, Tag(f"{CHOICE}diffusion")]
-    | Annotated[AutoregressiveHeadConfig, Tag(f"{CHOICE}autoregressive")],
-    Discriminator(
-        _head_kind, custom_error_type="head_kind", custom_error_message=f"kind must be one of {', '.join(HEADS)}"
-    ),
-]
 
 
 class CalmConfig(Config):

@@ -55,11 +55,18 @@ class ResidualMLP(nn.Module):
         return x_ND + self.mlp(self.norm(x_ND))
 
 
+def check_plain(config: AutoencoderConfig) -> None:
+    """Raises ConfigError for an autoencoder that this textbook has not got."""
+    if config.attention or not config.variational:
+        raise ConfigError("the plain arm has the published autoencoder alone, and this one is a variant: --no-plain")
+
+
 class Autoencoder(nn.Module):
     """Spec section 1."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        check_plain(config)
         self.config = config
         width, half = config.width, config.layers // 2
 

@@ -243,13 +243,17 @@ def _autoencoder(config: AutoencoderConfig) -> tuple[float, float]:
     """Operations of one patch: (encoder, decoder without its vocabulary product)."""
     K, d = config.patch_size, config.width
     blocks = config.layers // 2 * (K + 1) * 3 * d * config.inner
-    return 2 * (blocks + K * d * d + d * 2 * config.latent), 2 * (blocks + config.latent * d + d * K * d)
+    if config.attention:
+        blocks += config.layers // 2 * K * (4 * d * d + 2 * d * K)
+    outputs = (2 if config.variational else 1) * config.latent
+    return 2 * (blocks + K * d * d + d * outputs), 2 * (blocks + config.latent * d + d * K * d)
 
 
 def _autoencoder_parameters(config: AutoencoderConfig) -> int:
     K, d, L = config.patch_size, config.width, config.latent
-    blocks = 2 * config.layers * (3 * d * config.inner + d)
-    encoder = K * d * d + d + d + d * 2 * L + 2 * L
+    blocks = 2 * config.layers * (3 * d * config.inner + d) + config.attention * config.layers * (4 * d * d + d)
+    outputs = (2 if config.variational else 1) * L
+    encoder = K * d * d + d + d + d * outputs + outputs
     decoder = L * d + d + d * K * d + K * d + d
     return config.vocab_size * d + blocks + encoder + decoder
 

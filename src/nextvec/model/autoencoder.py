@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from nextvec.config import AutoencoderConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
-from nextvec.model.layers import ResidualMLP, RMSNorm
+from nextvec.model.layers import PatchAttention, ResidualMLP, RMSNorm
 from nextvec.model.packed import version
 from nextvec.model.posterior import Posterior as Posterior
 from nextvec.model.posterior import gaussian_kl as gaussian_kl
 from nextvec.model.vocabulary import Vocabulary
+
+POINT = -20.0  # log standard deviation that stands for none: nothing in float32
 
 
 class Autoencoder(nn.Module):
@@ -34,34 +36,36 @@ class Autoencoder(nn.Module):
         self.squeeze = nn.Linear(config.patch_size * width, width)
         self.patch_encoder = nn.ModuleList(blocks[half : 2 * half])
         self.encoder_norm = RMSNorm(width, eps=config.norm_eps)
-        self.to_latent = nn.Linear(width, 2 * config.latent)
+        self.to_latent = nn.Linear(width, 2 * config.latent if config.variational else config.latent)
         self.from_latent = nn.Linear(config.latent, width)
         self.patch_decoder = nn.ModuleList(blocks[2 * half : 3 * half])
         self.expand = nn.Linear(width, config.patch_size * width)
         self.token_decoder = nn.ModuleList(blocks[3 * half :])
         self.decoder_norm = RMSNorm(width, eps=config.norm_eps)
+        mixers = [
+            PatchAttention(width, config.attention_heads, config.norm_eps)
+            for _ in range(config.layers if config.attention else 0)
+        ]
+        self.encoder_attention, self.decoder_attention = nn.ModuleList(mixers[:half]), nn.ModuleList(mixers[half:])
         self._vocabulary: tuple[object, Vocabulary] | None = None
 
     def encode(self, ids_NK: Tensor) -> Posterior:
         """Posterior of each patch: ids (..., K) int64 -> mean and log_std (..., L)."""
-        x = self.embedding(ids_NK)
-        for block in self.token_encoder:
-            x = block(x)
+        x = self._per_token(self.embedding(ids_NK), self.token_encoder, self.encoder_attention)
         x = self.squeeze(x.flatten(-2))
         for block in self.patch_encoder:
             x = block(x)
         both = self.to_latent(self.encoder_norm(x))
         if both.dtype != torch.float64:
             both = both.float()
+        if not self.config.variational:
+            return Posterior(both, torch.full_like(both, POINT))
         mean, log_std = both.chunk(2, dim=-1)
         return Posterior(mean, log_std)
 
     def decode_hidden(self, z_NL: Tensor) -> Tensor:
         """Last hidden states (..., K, D): the logits are their product with the embedding matrix."""
-        x = self.expand(self.decode_stem(z_NL)).unflatten(-1, (self.config.patch_size, self.config.width))
-        for block in self.token_decoder:
-            x = block(x)
-        return self.decoder_norm(x)
+        return self._spread(self.decode_stem(z_NL))
 
     def decode(self, z_NL: Tensor) -> Tensor:
         """Logits (..., K, V) of latents (..., L)."""
@@ -86,12 +90,28 @@ class Autoencoder(nn.Module):
         return x
 
     def decode_place(self, stem_ND: Tensor, place: int) -> Tensor:
-        """`decode_tokens(z)[..., place]`, (N,), from `decode_stem(z)`, (N, D), at a K-th of the cost."""
+        """`decode_tokens(z)[..., place]`, (N,), from `decode_stem(z)`, (N, D), at a K-th of the cost.
+
+        With `attention` the places depend on each other, and only the vocabulary product is saved.
+        """
+        if self.config.attention:
+            return self.vocabulary().argmax(self._spread(stem_ND)[:, place])
         rows = slice(place * self.config.width, (place + 1) * self.config.width)
         x = F.linear(stem_ND, self.expand.weight[rows], self.expand.bias[rows])
         for block in self.token_decoder:
             x = block(x)
         return self.vocabulary().argmax(self.decoder_norm(x))
+
+    def _spread(self, stem_ND: Tensor) -> Tensor:
+        """`decode_hidden(z)`, (..., K, D), from `decode_stem(z)`."""
+        x = self.expand(stem_ND).unflatten(-1, (self.config.patch_size, self.config.width))
+        return self.decoder_norm(self._per_token(x, self.token_decoder, self.decoder_attention))
+
+    def _per_token(self, x_NKD: Tensor, blocks: nn.ModuleList, mixers: nn.ModuleList) -> Tensor:
+        """Blocks of each token, with `attention` each after one among the tokens of the patch."""
+        for index, block in enumerate(blocks):
+            x_NKD = block(mixers[index](x_NKD) if len(mixers) else x_NKD)
+        return x_NKD
 
     def vocabulary(self) -> Vocabulary:
         """The embedding matrix ready for `argmax`; made again after an optimiser or a load changed it."""
@@ -104,6 +124,7 @@ class Autoencoder(nn.Module):
     def loss(self, ids_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per patch: K * cross-entropy + beta * sum_i max(clip, KL_i), of one posterior draw (spec section 1).
 
+        Without `variational` the latent is the mean, and the KL term is left out.
         In training mode tokens and latents are dropped; in evaluation mode neither, so figures are those of a plain draw.
 
         ids (N, K). Returns the scalar loss (nats per patch) and metrics: cross_entropy (nats per token), accuracy
@@ -118,8 +139,9 @@ class Autoencoder(nn.Module):
         z = z.masked_fill(_bernoulli(z.shape, latent_rate, z.device, generator), 0.0) / (1.0 - latent_rate)
         hidden = self.decode_hidden(z)
         cross_entropy, accuracy = linear_cross_entropy(hidden.flatten(0, -2), self.embedding.weight, ids_NK.reshape(-1))
-        clipped = kl_NL.clamp(min=config.kl_clip).sum(-1).mean()
-        loss = config.patch_size * cross_entropy + config.kl_weight * clipped
+        loss = config.patch_size * cross_entropy
+        if config.variational:
+            loss = loss + config.kl_weight * kl_NL.clamp(min=config.kl_clip).sum(-1).mean()
         metrics = {
             "cross_entropy": cross_entropy.detach(),
             "accuracy": accuracy.detach(),

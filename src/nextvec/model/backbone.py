@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nextvec.config import BackboneConfig
 from nextvec.model.cache import KVCache
-from nextvec.model.layers import Block, RMSNorm, rotary_table
+from nextvec.model.layers import Block, RMSNorm, rotary_dtype, rotary_table
 
 Layers = list[tuple[Tensor, Tensor]]  # rotated keys and values of every layer
 
@@ -99,12 +99,7 @@ class Backbone(nn.Module):
         return self.norm(x_BND), Trunk(trunk.layers, (*trunk.branches, grown))
 
     def _rotary(self, positions_P: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        if torch.is_autocast_enabled(like.device.type):
-            dtype = torch.get_autocast_dtype(like.device.type)
-        elif like.dtype in (torch.bfloat16, torch.float16):
-            dtype = like.dtype
-        return rotary_table(positions_P, self.config.head_dim, self.config.rope_base, dtype)
+        return rotary_table(positions_P, self.config.head_dim, self.config.rope_base, rotary_dtype(like))
 
 
 def _attend_branch(query_BHNE: Tensor, trunk: tuple[Tensor, Tensor], own: Layers, hidden_NP: Tensor) -> Tensor:

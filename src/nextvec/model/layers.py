@@ -52,6 +52,13 @@ def rotary_table(positions_P: Tensor, head_dim: int, base: float, dtype: torch.d
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def rotary_dtype(like: Tensor) -> torch.dtype:
+    """What a product with `like` gives: the rotations of its queries and keys are made in that."""
+    if torch.is_autocast_enabled(like.device.type):
+        return torch.get_autocast_dtype(like.device.type)
+    return like.dtype if like.dtype in (torch.float64, torch.bfloat16, torch.float16) else torch.float32
+
+
 def rotate(x_BPHE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
     """Rotary position embedding, half-split (Llama's layout); cos and sin for all rows, or (B, P, E) for each."""
     first, second = x_BPHE.chunk(2, dim=-1)
@@ -85,6 +92,24 @@ class Attention(nn.Module):
                 query, key, value, attn_mask=mask, enable_gqa=self.kv_heads != self.heads
             )
         return self.out(mixed.transpose(1, 2).flatten(-2))
+
+
+class PatchAttention(nn.Module):
+    """x + attention(rmsnorm(x)) among the tokens of a patch, in both directions: an option of the autoencoder."""
+
+    def __init__(self, width: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, eps=eps)
+        self.config = BackboneConfig(layers=1, width=width, inner=1, heads=heads)
+        self.attention = Attention(self.config)
+
+    def forward(self, x_NKD: Tensor) -> Tensor:
+        rows_NKD = x_NKD.flatten(0, -3)
+        positions = torch.arange(x_NKD.shape[-2], device=x_NKD.device)
+        cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_base, rotary_dtype(x_NKD))
+        query, key, value = self.attention.project(self.norm(rows_NKD), cos, sin)
+        mixed = self.attention.attend(query, key, value, None, causal=False)
+        return x_NKD + mixed.view(x_NKD.shape)
 
 
 class Block(nn.Module):

@@ -1,0 +1,100 @@
+"""Settings of the heads, one kind chosen by `model.head.kind`, and which solvers draw from which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import Discriminator, Tag, model_validator
+
+from nextvec.settings import CHOICE, Config, Positive
+
+
+class EnergyHeadConfig(Config):
+    """Energy head: one network pass per draw (spec 3)."""
+
+    kind: Literal["energy"] = "energy"
+    noise: Positive = 64  # dimensions of the uniform noise on [-0.5, 0.5] [C]
+    blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
+
+
+class FlowHeadConfig(Config):
+    """Flow-matching head: a velocity field, integrated from noise to a latent (spec 3)."""
+
+    kind: Literal["flow"] = "flow"
+    blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
+    teacher_draws: Positive = 8  # per position in training, each with a time and a noise of its own [C]
+    solver: str = "midpoint"  # of SOLVERS["flow"] [C]
+    steps: Positive = 10  # solver steps per draw; midpoint and heun evaluate the network twice in each [C]
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        check_solver(self.kind, self.solver, self.steps)
+        return self
+
+    @property
+    def evaluations(self) -> int:
+        """Network passes per draw."""
+        return self.steps if self.solver == "euler" else 2 * self.steps
+
+
+class DiffusionHeadConfig(Config):
+    """Diffusion head: predicts the noise and a variance at TIMES steps of the cosine schedule (spec 3)."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
+    teacher_draws: Positive = 8  # per position in training, each with a step and a noise of its own [C]
+    solver: str = "ddpm"  # of SOLVERS["diffusion"] [C]
+    steps: Positive = 100  # solver steps per draw, one network pass each [C]
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        check_solver(self.kind, self.solver, self.steps)
+        return self
+
+    @property
+    def evaluations(self) -> int:
+        """Network passes per draw."""
+        return self.steps
+
+
+class AutoregressiveHeadConfig(Config):
+    """A causal decoder over the K tokens of the next patch, given the state: tokens with likelihoods, no latent [D]."""
+
+    kind: Literal["autoregressive"] = "autoregressive"
+    blocks: Positive = 1  # Transformer blocks of the backbone's width, inner width and heads
+
+
+HeadKind: TypeAlias = EnergyHeadConfig | FlowHeadConfig | DiffusionHeadConfig | AutoregressiveHeadConfig
+HEADS: dict[str, type[HeadKind]] = {
+    "energy": EnergyHeadConfig,
+    "flow": FlowHeadConfig,
+    "diffusion": DiffusionHeadConfig,
+    "autoregressive": AutoregressiveHeadConfig,
+}
+SOLVERS = {"flow": ("midpoint", "heun", "euler"), "diffusion": ("ddpm", "ddim", "dpm++")}
+TIMES = 1000  # times that the flow and diffusion heads tell apart [C]
+
+
+def check_solver(head: str, solver: str, steps: int) -> None:
+    """Raises ValueError in one sentence for a solver that the head does not know, or more steps than there are times."""
+    if solver not in SOLVERS[head]:
+        raise ValueError(f"the {head} head knows the solvers {', '.join(SOLVERS[head])}; got {solver!r}")
+    if steps > TIMES:
+        raise ValueError(f"steps must be at most {TIMES}, the times of the {head} head's schedule; got {steps}")
+
+
+def _head_kind(data: Any) -> str:
+    kind = data.get("kind", "energy") if isinstance(data, Mapping) else getattr(data, "kind", "energy")
+    return f"{CHOICE}{kind}"
+
+
+HeadConfig: TypeAlias = Annotated[
+    Annotated[EnergyHeadConfig, Tag(f"{CHOICE}energy")]
+    | Annotated[FlowHeadConfig, Tag(f"{CHOICE}flow")]
+    | Annotated[DiffusionHeadConfig, Tag(f"{CHOICE}diffusion")]
+    | Annotated[AutoregressiveHeadConfig, Tag(f"{CHOICE}autoregressive")],
+    Discriminator(
+        _head_kind, custom_error_type="head_kind", custom_error_message=f"kind must be one of {', '.join(HEADS)}"
+    ),
+]
