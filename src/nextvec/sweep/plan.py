@@ -199,9 +199,12 @@ def _check_lengths(spec: SweepSpec, row: Row, run: RunConfig, encoder: Autoencod
 def first_difference(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """The first key at which two nested records differ, dotted, with both values."""
-    for key in [*before, *(key for key in now if key not in before)]:
-        a, b = before.get(key), now.get(key)
+    """The first key of `before` at which two nested records differ, dotted, with both values.
+
+    A key that only `now` has is a setting that a newer nextvec added, at its default.
+    """
+    for key, a in before.items():
+        b = now.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found = first_difference(a, b, f"{prefix}{key}.")
             if found is not None:
