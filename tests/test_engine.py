@@ -263,7 +263,8 @@ def test_the_figures_of_a_pool() -> None:
 def test_every_event_tells_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     model = calm(3)
     pool = torch.tensor([[7, 8, 9]] * 5 + [[7, 1, 1]] * 3 + [[5, 5, 5]] * 4)
-    monkeypatch.setattr(model, "draw_tokens", lambda state, draws, generator: pool)
+    decode = model.autoencoder.decode_tokens
+    monkeypatch.setattr(model.autoencoder, "decode_tokens", lambda z: pool if len(z) == len(pool) else decode(z))
     one = engine(model)
     one.add(PROMPT[:9], Sampling(0.5, 12, 6))
     one.add(PROMPT[:9], Sampling(1.0, 12, 6))
@@ -275,6 +276,25 @@ def test_every_event_tells_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pools[2].copies is not None
     assert pools[2].copies.tolist() == [5] * 5 + [3] * 3 + [0] * 4
     assert pools[2].unique == 2
+
+
+@pytest.mark.parametrize("rest", [0, 1])
+def test_a_pool_holds_the_latents_that_were_voted_on(rest: int) -> None:
+    from nextvec.sampling.explain import hold_vote, next_patch
+
+    model, prompt = calm(3), PROMPT[: 9 + rest]
+    one = engine(model)
+    one.add(prompt, Sampling(0.5, 40, 6, seed=8))
+    pool = one.step()[0].pool
+    assert pool.latents is not None
+    assert pool.copies is not None
+    tokens = model.autoencoder.decode_tokens(pool.latents)
+    vote = hold_vote(tokens, prompt[9:], 0.5)
+    assert vote == next_patch(model, prompt, 0.5, 40, 8, eos_id=EOS, pad_id=PAD)
+    assert vote.kept == int((pool.copies > 0).sum())
+    winner = next(each for each in vote.candidates if each.ids == pool.patch[rest:])
+    assert winner.votes in pool.copies.tolist()
+    assert pool.tokens is None
 
 
 @pytest.mark.parametrize("model", [calm(3), token_lm()], ids=["calm", "token_lm"])

@@ -1,6 +1,6 @@
 """One patch per row from the model's states, at a temperature: from pools of draws, or from likelihoods where there are any.
 
-Legend: B rows, K tokens per patch, D width, N candidates, V vocabulary.
+Legend: B rows, K tokens per patch, D width, L latent, N candidates, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from nextvec.model.interface import LanguageModel
 from nextvec.sampling.pools import PlaceDecoder, choose_patch
 from nextvec.sampling.settings import Law
-from nextvec.sampling.temperature import batch_temperature, condition, count_equal, sample_logits
+from nextvec.sampling.temperature import Generators, batch_temperature, condition, count_equal, sample_logits
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ class HasLatents(Protocol):
     patch_size: int
     has_latents: bool  # false where the head draws tokens itself
 
-    def draw_latents(self, state_ND: Tensor, draws: int, generator: Sequence[torch.Generator]) -> Tensor: ...
+    def draw_latents(self, state_ND: Tensor, draws: int, generator: Generators) -> Tensor: ...
 
 
 class Given(NamedTuple):
@@ -44,11 +44,14 @@ class Given(NamedTuple):
 
 class Drawn(NamedTuple):
     """patch (B, K); draws of the model behind each; copies (B, N) of each draw in its pool, 0 for one that does not agree
-    with what is given, None where no pool was drawn."""
+    with what is given, None where no pool was drawn. Of the draws themselves, as the model made them: latents (B, N, L) where
+    it draws latents, tokens (B, N, K) where it draws tokens."""
 
     patch: Tensor
     draws: int
     copies: Tensor | None
+    latents: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 def draw_patches(
@@ -63,13 +66,19 @@ def draw_patches(
     if given is None and isinstance(model, HasLatents) and model.has_latents:
         latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
         choice = choose_patch(model.autoencoder, latent_BNL, model.patch_size, law.temperature, generators)
-        return Drawn(choice.patch, draws, None if single else choice.copies)
-    pools = [model.draw_tokens(state_BD[row], draws, each) for row, each in enumerate(generators)]
-    candidates_BNK = torch.stack(pools)
+        return Drawn(choice.patch, draws, None if single else choice.copies, latent_BNL)
+    latent_BNL, drawn_BNK = None, None
+    if isinstance(model, HasLatents) and model.has_latents:
+        latents = [model.draw_latents(state_BD[row], draws, each) for row, each in enumerate(generators)]
+        latent_BNL = torch.stack(latents)
+        candidates_BNK = torch.stack([model.autoencoder.decode_tokens(each) for each in latents])
+    else:
+        drawn_BNK = torch.stack([model.draw_tokens(state_BD[row], draws, each) for row, each in enumerate(generators)])
+        candidates_BNK = drawn_BNK
     if single:
-        return Drawn(candidates_BNK[:, 0], 1, None)
+        return Drawn(candidates_BNK[:, 0], 1, None, tokens=drawn_BNK)
     keep_BN = None
     if given is not None:
         candidates_BNK, keep_BN = condition(candidates_BNK, *given)
     patch_BK = batch_temperature(candidates_BNK, law.temperature, generators, keep_BN)
-    return Drawn(patch_BK, draws, count_equal(candidates_BNK, keep_BN))
+    return Drawn(patch_BK, draws, count_equal(candidates_BNK, keep_BN), latent_BNL, drawn_BNK)

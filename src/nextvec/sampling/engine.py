@@ -6,7 +6,7 @@ documents never saw it, so there a prompt of at least one whole patch stands alo
 leaves r tokens over; the first patch drawn is conditioned on them: of its pool, the draws that begin with these tokens are
 kept (`temperature.condition`), and what they say after them is new text. No pad ever stands inside a text.
 
-Legend: B rows, P patches, K tokens per patch, D width, N candidates.
+Legend: B rows, P patches, K tokens per patch, D width, L latent, N candidates.
 """
 
 from __future__ import annotations
@@ -30,10 +30,14 @@ KEPT = 0.75  # share of the context that stays when the window slides
 
 class Pool(NamedTuple):
     """Draws of the model behind one patch. copies (N,): of each draw, 0 for one that does not agree with the prompt's rest;
-    None for a patch drawn without a pool. The figures are computed when they are asked for."""
+    None for a patch drawn without a pool. patch: the ids chosen; latents (N, L), tokens (N, K): as in `draw.Drawn`. The
+    figures are computed when they are asked for."""
 
     draws: int
     copies: Tensor | None
+    patch: tuple[int, ...] = ()
+    latents: Tensor | None = None
+    tokens: Tensor | None = None
 
     @property
     def unanimous(self) -> bool:
@@ -160,7 +164,7 @@ class Engine:
                 self._model, state, rows[0].settings.law, [row.generator for row in rows], self._given(rows)
             )
             for index, (slot, patch) in enumerate(zip(slots, drawn.patch.tolist(), strict=True)):
-                events[slot] = self._take(self._rows[slot], patch, _pool(drawn, index))
+                events[slot] = self._take(self._rows[slot], patch, _pool(drawn, index, patch))
         ordered = [events[slot] for slot in range(len(self._rows))]
         self._release([slot for slot, event in enumerate(ordered) if event.finished is not None])
         return ordered
@@ -265,5 +269,6 @@ def inputs_needed(prompt: int, max_tokens: int, patch_size: int) -> int:
     return 1 + max(0, -(-(prompt + max_tokens) // patch_size) - 1)
 
 
-def _pool(drawn: Drawn, index: int) -> Pool:
-    return Pool(drawn.draws, None if drawn.copies is None else drawn.copies[index])
+def _pool(drawn: Drawn, index: int, patch: list[int]) -> Pool:
+    of_row = [None if part is None else part[index] for part in (drawn.copies, drawn.latents, drawn.tokens)]
+    return Pool(drawn.draws, of_row[0], tuple(patch), of_row[1], of_row[2])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
@@ -76,8 +77,13 @@ def next_patch(
     ids_1PK = torch.tensor(boundary + list(ids[:whole]), device=model.device).view(1, -1, size)
     state_D = model.states(ids_1PK)[0, -1]
     pool_NK = model.draw_tokens(state_D, candidates, row_generator(seed, 0, model.device))
-    prefix_1K = torch.tensor([rest + [0] * (size - len(rest))], device=model.device)
-    length_1 = torch.tensor([len(rest)], device=model.device)
+    return hold_vote(pool_NK, rest, temperature)
+
+
+def hold_vote(pool_NK: Tensor, rest: Sequence[int], temperature: float) -> Vote:
+    """What a pool of draws (N, K) says of a patch that begins with `rest`, fewer than K ids."""
+    prefix_1K = torch.tensor([[*rest] + [0] * (pool_NK.shape[1] - len(rest))], device=pool_NK.device)
+    length_1 = torch.tensor([len(rest)], device=pool_NK.device)
     given_1NK, keep_1N = condition(pool_NK[None], prefix_1K, length_1)
     probability_N = pool_probabilities(given_1NK, temperature, keep_1N)[0].tolist()
     kept = [index for index, keep in enumerate(keep_1N[0].tolist()) if keep]
@@ -89,4 +95,4 @@ def next_patch(
     agreed = [a == b for a, b in zip(pool_NK[kept[0]].tolist(), rest, strict=False)] + [False]
     found = [Candidate(patch[len(rest) :], votes[patch], chances[patch]) for patch in votes]
     ordered = sorted(found, key=lambda each: (-each.probability, -each.votes))
-    return Vote(candidates, len(kept), agreed.index(False), tuple(ordered))
+    return Vote(len(pool_NK), len(kept), agreed.index(False), tuple(ordered))

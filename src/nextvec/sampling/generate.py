@@ -201,10 +201,11 @@ def _steps(engine: Engine, rows: int) -> Iterator[Step]:
 def _pieces(engine: Engine, streams: list[StopStream]) -> Iterator[Piece]:
     while len(engine):
         for event in engine.step():
-            yield _piece(engine, streams[event.row], event)
+            yield piece_of(engine, streams[event.row], event)
 
 
-def _piece(engine: Engine, stream: StopStream, event: Event) -> Piece:
+def piece_of(engine: Engine, stream: StopStream, event: Event) -> Piece:
+    """An event as text. A row whose stop string appears in it is taken out of the engine."""
     text = stream.push(event.tokens)
     if event.finished is not None:
         text += stream.finish()
