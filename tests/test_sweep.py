@@ -19,7 +19,7 @@ from nextvec.cli import main
 from nextvec.errors import ConfigError, DataError
 from nextvec.sweep.estimate import Rates
 from nextvec.sweep.folder import begin, check_begun, held, open_folder
-from nextvec.sweep.plan import Vocabulary, assumed_vocabulary, flops_per_token, make_jobs, tokens_per_step
+from nextvec.sweep.plan import Vocabulary, assumed_vocabulary, digest, flops_per_token, make_jobs, tokens_per_step
 from nextvec.sweep.run import Progress, run_sweep
 from nextvec.sweep.spec import SweepSpec, named, read_spec, shipped
 from nextvec.train.metrics import read_metrics
@@ -203,7 +203,7 @@ def test_every_shipped_spec_holds(name: str) -> None:
     assert (note is not None) == name.startswith("paper-")
     jobs = make_jobs(spec, one_second, vocabulary)
     assert spec.about
-    assert len({job.digest for job in jobs}) == len(jobs) == len(spec.points()) * len(spec.seeds)
+    assert len({digest(job.identity) for job in jobs}) == len(jobs) == len(spec.points()) * len(spec.seeds)
     wanted = spec.budget.tokens if spec.budget is not None else None
     assert wanted is not None
     for job in jobs:
@@ -211,7 +211,9 @@ def test_every_shipped_spec_holds(name: str) -> None:
 
 
 def test_the_shipped_sets_cover_the_paper() -> None:
-    assert {"patch", "latent", "kl-weight", "kl-clip", "dropout", "autoencoder-size"} <= set(named(["small"]))
+    assert {"patch", "latent", "kl-weight", "kl-clip", "dropout", "autoencoder-size", "autoencoder-kind"} <= set(
+        named(["small"])
+    )
     assert {"draws", "teacher", "alpha", "head", "head-depth", "optimisers"} <= set(named(["small"]))
     assert {f"paper-{name}" for name in named(["small"]) if name != "optimisers"} == set(named(["paper"]))
     with pytest.raises(ConfigError, match="unknown spec 'drawz'; did you mean 'draws'"):

@@ -51,10 +51,6 @@ class Job:
         assert self.autoencoder is not None
         return Path("autoencoders", digest({"data": self.identity["data"], "run": self.identity["autoencoder"]})[:12])
 
-    @property
-    def digest(self) -> str:
-        return digest(self.identity)
-
 
 def digest(value: object) -> str:
     """SHA-256 of plain values."""
