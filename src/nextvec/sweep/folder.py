@@ -22,13 +22,14 @@ from nextvec.sweep.spec import SweepSpec
 
 FORMAT = 1  # of sweep.json, job.json and result.json
 SWEEP, RATES, JOB, RESULT = "sweep.json", "rates.json", "job.json", "result.json"
+LOCK = ".sweep-lock"  # held by the process that works at the folder it lies in
 
 
 def check_folder(out: Path) -> None:
     """Raises ConfigError for a folder that holds something else than a sweep."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"a sweep is a folder; {out} is a file: give another name with --out")
-    if out.exists() and not (out / SWEEP).is_file() and any(path.name != ".lock" for path in out.iterdir()):
+    if out.exists() and not (out / SWEEP).is_file() and any(path.name != LOCK for path in out.iterdir()):
         raise ConfigError(f"{out} holds something that is not a sweep; give another folder with --out")
 
 

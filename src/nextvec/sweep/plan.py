@@ -145,11 +145,10 @@ def _job(spec: SweepSpec, row: Row, seed: int, vocabulary: Vocabulary, stride: i
 
 
 def _plain(run: RunConfig) -> dict[str, Any]:
-    """What a result depends on; how often a run is saved and logged is not of it."""
+    """What a result depends on; how often a run is logged and saved, and what is kept, is not of it."""
     found = run.model_dump(mode="json")
-    for name in ("log_every", "save_every", "save_minutes"):
-        del found["train"][name]
-    return found
+    free = ("log_every", "save_every", "save_minutes", "keep_last", "keep_every")
+    return {**found, "train": {name: value for name, value in found["train"].items() if name not in free}}
 
 
 def _steps(spec: SweepSpec, row: Row, run: RunConfig, rate: Rate) -> int:

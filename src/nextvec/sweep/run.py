@@ -21,7 +21,18 @@ from nextvec.hardware import choose_device, environment
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.rundir import load_autoencoder, load_run
 from nextvec.sweep.estimate import Rates
-from nextvec.sweep.folder import FORMAT, RATES, RESULT, begin, check_begun, check_folder, held, open_folder, write_sweep
+from nextvec.sweep.folder import (
+    FORMAT,
+    LOCK,
+    RATES,
+    RESULT,
+    begin,
+    check_begun,
+    check_folder,
+    held,
+    open_folder,
+    write_sweep,
+)
 from nextvec.sweep.plan import Job, Vocabulary, flops_per_token, make_jobs
 from nextvec.sweep.spec import SweepSpec
 from nextvec.text.prepare import prepare
@@ -78,7 +89,7 @@ def run_sweep(
     place = choose_device(device)
     make_jobs(spec, lambda run: 1e-3)  # mistakes show before any work
     check_folder(out)
-    with held(out / ".lock", wait=True):
+    with held(out / LOCK, wait=True):
         open_folder(out, spec)
         corpus = _corpus(spec, out, say)
         rates = Rates(out / RATES, place)
@@ -94,7 +105,7 @@ def run_sweep(
         if (folder / RESULT).is_file():
             skipped += 1
             continue
-        with held(folder / ".lock", wait=False) as mine:
+        with held(folder / LOCK, wait=False) as mine:
             if not mine:
                 busy += 1
                 continue
@@ -136,7 +147,7 @@ class _Sitting:
         """The trained autoencoder of a row, made now if no other row has made it."""
         assert job.autoencoder is not None
         folder = self.out / job.autoencoder_folder
-        with held(folder / ".lock", wait=True):
+        with held(folder / LOCK, wait=True):
             if not (folder / RECONSTRUCTION).is_file():
                 self.say(f"training the autoencoder {job.autoencoder_folder}")
                 self._train(job.autoencoder, folder, None)
