@@ -23,6 +23,7 @@ from nextvec.sweep.tables import (
     difference,
     first_at,
     held_out,
+    losses_compare,
     mean,
     measured,
     orderings,
@@ -42,7 +43,9 @@ def brier(level: float, seed: int = 0) -> dict[str, Any]:
     return summarise(values, torch.ones(60, 4, dtype=torch.bool), torch.arange(60) // 10, PROTOCOL).to_dict()
 
 
-def result(brier_lm: float | None, curve: list[tuple[int, float]] | None = None, **more: Any) -> dict[str, Any]:
+def result(
+    brier_lm: float | None, curve: list[tuple[int, float]] | None = None, latent: int = 8, **more: Any
+) -> dict[str, Any]:
     """The parts of a result.json that tables read; Brier-1 is a tenth of BrierLM, on its scale."""
     figures = brier(0.2)
     figures |= {"brier_lm": brier_lm, "brier": [(brier_lm or 1.0) / 1000, 0.01, 0.01, 0.01 if brier_lm else -0.01]}
@@ -50,7 +53,10 @@ def result(brier_lm: float | None, curve: list[tuple[int, float]] | None = None,
         {"kind": "eval", "step": step, "seconds": 2.0 * step, "cpu_seconds": 4.0 * step, "energy": loss}
         for step, loss in curve or [(10, 5.0)]
     ]
-    identity = {"autoencoder": {"model": {"latent": 8}, "train": {"seed": 0}}}
+    identity = {
+        "autoencoder": {"model": {"latent": latent}, "train": {"seed": 0}},
+        "lm": {"model": {"head": {"kind": "energy"}}, "energy": {"alpha": 1.0}},
+    }
     base = {
         "nextvec": "0", "command": "nextvec sweep x", "stage": "lm", "failed": None, "brier": figures, "held_out": rows,
         "tokens": 1000, "seconds": 1.0, "cpu_seconds": 3.0, "identity": identity, "autoencoder": None,
@@ -143,6 +149,18 @@ def test_a_race_is_run_to_the_best_final_loss_of_the_rows_named() -> None:
     text = markdown(sweep)
     assert "| fast | 4.0000 | 15 | 0.50 | 60 | 0.50 |" in text
     assert "| slow | 8.0000 | not reached |  |  |  |" in text
+
+
+def test_losses_stand_side_by_side_only_where_they_compare() -> None:
+    first, other = TableRow("a", "lm", {0: result(4.0)}), TableRow("b", "lm", {0: result(4.0)})
+    assert losses_compare([first, other])
+    assert "held-out loss of the head" in markdown(sweep_of(first, other))
+    wide = TableRow("c", "lm", {0: result(4.0, latent=16)})
+    assert not losses_compare([first, wide])
+    steep = TableRow("d", "lm", {0: result(4.0)})
+    steep.results[0]["identity"]["lm"]["energy"] = {"alpha": 1.5}
+    assert not losses_compare([first, steep])
+    assert "held-out loss" not in markdown(sweep_of(first, steep))
 
 
 def test_the_markdown_and_the_page_show_the_table(tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ from nextvec.report.figures import ROWS, Series, dots, plot
 from nextvec.report.markup import absent, facts, figure, fold, legend, pair, paragraph, section, table
 from nextvec.report.words import MISSING, TIMES_100, count, duration, minus, plus_minus, safe
 from nextvec.sweep.tables import (
-    LOSSES,
     NAMES,
     Figure,
     Sweep,
     TableRow,
     difference,
+    encoder,
     held_out,
+    loss_key,
+    losses_compare,
     measured,
     orderings,
     races,
@@ -32,7 +34,7 @@ TITLE = "nextvec sweep report"
 STAGES = {"autoencoder": "Autoencoders", "lm": "CALMs", "baseline": "Token Transformers"}
 LOSS_NAMES = {
     "autoencoder": "held-out cross-entropy (nats per token)",
-    "lm": "held-out energy loss",
+    "lm": "held-out loss of the head",
     "baseline": "held-out cross-entropy (nats per token)",
 }
 Cell = Callable[[TableRow], str]
@@ -109,7 +111,7 @@ def _section(sweep: Sweep, name: str) -> str:
 def _main_table(sweep: Sweep, stage: str) -> Table:
     rows = sweep.of(stage)
     first, paper = rows[0], sweep.spec["paper"]
-    several = len({_encoder(row) for row in rows if row.results}) > 1  # autoencoders: losses do not compare then
+    several = len({encoder(row) for row in rows if row.results}) > 1
     columns: list[tuple[str, Cell]] = []
     if stage != "autoencoder":
         columns += [
@@ -121,7 +123,7 @@ def _main_table(sweep: Sweep, stage: str) -> Table:
             (f"Brier-1 {TIMES_100}", lambda row: _shown(row, score(row, "Brier-1"))),
             ("Brier-2, 3, 4", lambda row: "  ".join(_shown(row, _bare(score(row, name))) for name in NAMES[1:4])),
         ]
-    if not several:
+    if losses_compare(rows):
         columns.append((LOSS_NAMES[stage], lambda row: _shown(row, measured(row, held_out), 4)))
     if stage == "autoencoder" or several:
         columns += [
@@ -138,12 +140,6 @@ def _main_table(sweep: Sweep, stage: str) -> Table:
     done = [row for row in rows if row.results]
     body = [[row.name, *(cell(row) for _, cell in columns)] for row in done]
     return Table(f"{sweep.spec['name']}: {STAGES[stage]}", ["row", *(head for head, _ in columns)], body)
-
-
-def _encoder(row: TableRow) -> str:
-    """The settings of the autoencoder that an lm row stands on, its seed aside."""
-    found = next(iter(row.results.values()))["identity"]["autoencoder"]
-    return "" if found is None else str({**found, "train": {**found["train"], "seed": None}})
 
 
 def _bare(found: Figure) -> Figure:
@@ -219,9 +215,9 @@ def _against_paper(sweep: Sweep) -> str:
     by = {
         verdict: [item for item in found if item.verdict == verdict] for verdict in ("holds", "reversed", "tie", "open")
     }
-    text = f"Of the {len(found)} pairs that the paper orders, {len(by['holds'])} hold here, {len(by['reversed'])} are reversed, "
-    text += f"{len(by['tie'])} are ties (within one standard error of the difference)"
-    text += f", {len(by['open'])} are open (no error, or not defined)." if by["open"] else "."
+    text = f"Pairs of rows that the paper orders: {len(found)}. Of these {len(by['holds'])} hold here, {len(by['reversed'])} reversed, "
+    text += f"{len(by['tie'])} tied (within one standard error of the difference)"
+    text += f", {len(by['open'])} open (no error, or not defined)." if by["open"] else "."
     for verdict in ("holds", "reversed"):
         if by[verdict]:
             listed = "; ".join(
@@ -281,8 +277,8 @@ def _pictures(sweep: Sweep, stage: str, name: str) -> str:
                 break
     curves = [row for row in sweep.of(stage) if any(len(result["held_out"]) > 2 for result in row.results.values())]
     looks = dict(zip([row.name for row in curves[: len(ROWS)]], ROWS, strict=False))
-    if curves:
-        key = LOSSES[stage]
+    if curves and losses_compare(curves):
+        key = loss_key(next(iter(curves[0].results.values())))
         for axis, label in (("step", "optimiser steps"), ("cpu_seconds", "CPU seconds of training")):
             series = []
             for row in curves[: len(ROWS)]:
@@ -292,7 +288,8 @@ def _pictures(sweep: Sweep, stage: str, name: str) -> str:
                 )
             html.append(figure(plot(f"{name}-{axis}", series, label, LOSS_NAMES[stage], settle=0.1)))
         html.insert(0, legend([(looks[row.name], row.name) for row in curves[: len(ROWS)]], mark=False))
-    return (html[0] + pair(*html[1:])) if curves else pair(*html)
+        return html[0] + pair(*html[1:])
+    return pair(*html)
 
 
 def _results(sweep: Sweep) -> list[Any]:

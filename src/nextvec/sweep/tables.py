@@ -21,7 +21,6 @@ from nextvec.files import read_json
 from nextvec.scoring.brier import BrierResult
 from nextvec.sweep.folder import RESULT, SWEEP, read_sweep
 
-LOSSES = {"autoencoder": "cross_entropy", "lm": "energy", "baseline": "cross_entropy"}  # held out, by stage
 NAMES = (*(f"Brier-{order}" for order in (1, 2, 3, 4)), "BrierLM")
 Basis = Literal["seeds", "documents", "none"]  # what an error is over
 Result = Mapping[str, Any]
@@ -123,10 +122,34 @@ def measured(row: TableRow, get: Callable[[Result], float | None]) -> Figure:
     return mean(known) if len(known) == len(values) else Figure(None)
 
 
+def loss_key(result: Result) -> str:
+    """The held-out metric that a row minimises."""
+    if result["stage"] != "lm":
+        return "cross_entropy"
+    kind = str(result["identity"]["lm"]["model"]["head"]["kind"])
+    return "cross_entropy" if kind == "autoregressive" else kind
+
+
+def encoder(row: TableRow) -> str:
+    """The settings of the autoencoder that a row stands on, its seed aside; empty where there is none."""
+    found = next((result["identity"]["autoencoder"] for result in row.results.values()), None)
+    return "" if found is None else str({**found, "train": {**found["train"], "seed": None}})
+
+
+def losses_compare(rows: Sequence[TableRow]) -> bool:
+    """Whether the held-out losses of rows of one stage are on one scale: the same head, exponent and autoencoder."""
+    scales = set()
+    for row in rows:
+        for result in row.results.values():
+            energy = result["identity"]["lm"]["energy"]["alpha"] if row.stage == "lm" else None
+            scales.add((loss_key(result), energy, encoder(row)))
+    return len(scales) <= 1
+
+
 def held_out(result: Result) -> float | None:
     """The last held-out loss of a result; None where training failed."""
     rows = result["held_out"]
-    value = rows[-1].get(LOSSES[result["stage"]]) if rows and not result["failed"] else None
+    value = rows[-1].get(loss_key(result)) if rows and not result["failed"] else None
     return None if value is None else float(value)
 
 
@@ -235,7 +258,7 @@ def races(sweep: Sweep, stage: str) -> list[Race]:
 
 def first_at(result: Result, loss: float) -> dict[str, float] | None:
     """Step and seconds at which the held-out loss first is at or below `loss`, on straight lines between evaluations."""
-    key = LOSSES[result["stage"]]
+    key = loss_key(result)
     before: Mapping[str, Any] | None = None
     for row in result["held_out"]:
         value = row.get(key)
