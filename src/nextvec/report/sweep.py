@@ -215,8 +215,8 @@ def _against_paper(sweep: Sweep) -> str:
     by = {
         verdict: [item for item in found if item.verdict == verdict] for verdict in ("holds", "reversed", "tie", "open")
     }
-    text = f"Pairs of rows that the paper orders: {len(found)}. Of these {len(by['holds'])} hold here, {len(by['reversed'])} reversed, "
-    text += f"{len(by['tie'])} tied (within one standard error of the difference)"
+    text = f"Pairs of rows that the paper orders: {len(found)}. Of these {len(by['holds'])} hold here, "
+    text += f"{len(by['reversed'])} reversed, {len(by['tie'])} tied (within one standard error of the difference)"
     text += f", {len(by['open'])} open (no error, or not defined)." if by["open"] else "."
     for verdict in ("holds", "reversed"):
         if by[verdict]:
