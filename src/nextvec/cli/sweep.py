@@ -136,12 +136,10 @@ def _dry_run(
     specs: list[SweepSpec], folders: list[Path], wanted: Callable[[Job], bool], device: str, rate: float | None
 ) -> None:
     """Rows, steps and machine time, finished rows marked; nothing is written."""
-    import os
-
     import torch
 
     from nextvec.report.words import count, duration
-    from nextvec.sweep.estimate import Rates, estimate
+    from nextvec.sweep.estimate import Rates, busy, estimate
     from nextvec.sweep.folder import RATES, RESULT
     from nextvec.sweep.plan import assumed_vocabulary, make_jobs, tokens_per_step
 
@@ -159,7 +157,7 @@ def _dry_run(
                 tokens = count(run.train.steps * tokens_per_step(run))
                 print(
                     f"  {item.job.row.stage:<12}{item.job.row.name:<34}{run.train.steps:>8,} steps {tokens:>7} tokens  "
-                    f"{duration(item.total):>12} {'measured' if item.measured else 'counted'}"
+                    f"{duration(item.total):>12} {item.how}"
                 )
         done = [item for item in found if (folder / item.job.folder / RESULT).is_file()]
         left = sum(item.total for item in found if item not in done)
@@ -174,11 +172,8 @@ def _dry_run(
         )
         total, rows, finished = total + left, rows + len(found), finished + len(done)
         longest = max([longest, *(item.total for item in found), *encoders.values()])
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") and rate is None else 0.0
-    if busy > 1.2 * (os.cpu_count() or 1):
-        print(
-            f"The machine is busy (load {busy:.1f} on {os.cpu_count()} cores): an idle one is quicker than this says."
-        )
+    if device == "cpu" and rate is None and busy():
+        print("The machine is busy: times are those of an idle one, from the processor time of a step.")
     where = f"on {device}" if rate is None else f"at {rate:.3g} operations a second"
     print(
         f"{rows - finished} rows to run: {duration(total)} of machine time {where}, the longest piece {duration(longest)}"
