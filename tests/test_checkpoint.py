@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nextvec.config import OptimSettings
+from nextvec.config import BackboneConfig, DataSettings, OptimSettings, TokenLMConfig, TokenLMRun
 from nextvec.errors import ConfigError, DataError
 from nextvec.train import checkpoint
 from nextvec.train.checkpoint import TrainState
@@ -59,15 +59,17 @@ def trained(seed: int = 0) -> tuple[Tied, torch.optim.AdamW]:
     return module, optimizer
 
 
-def save(run: Path, step: int, seed: int = 0) -> Path:
-    return checkpoint.save(run, state(step), *trained(seed), {"loss": torch.tensor(1 / 3)})
+def save(run: Path, step: int, seed: int = 0, **keep: int) -> Path:
+    return checkpoint.write(
+        run, checkpoint.snapshot(state(step), *trained(seed), {"loss": torch.tensor(1 / 3)}), **keep
+    )
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     module, optimizer = trained()
     module.kept.fill_(3.0)
     sums = {"loss": torch.tensor(1 / 3), "inf": torch.tensor(float("inf"))}
-    path = checkpoint.save(tmp_path, state(4), module, optimizer, sums)
+    path = checkpoint.write(tmp_path, checkpoint.snapshot(state(4), module, optimizer, sums))
     assert sorted(p.name for p in path.iterdir()) == ["module.safetensors", "optimizer.safetensors", "state.json"]
     found = checkpoint.latest(tmp_path)
     assert found is not None
@@ -102,6 +104,30 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     found = checkpoint.latest(tmp_path)
     assert found is not None
     assert found.state.step == 10
+
+
+def test_every_so_many_steps_are_kept_as_well(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save(tmp_path, step, keep_last=1, keep_every=3)
+    assert sorted(p.name[-1] for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "8"]
+
+
+def test_training_may_go_on_while_a_snapshot_is_written(tmp_path: Path) -> None:
+    module, optimizer = trained()
+    taken = checkpoint.snapshot(state(1), module, optimizer, {})
+    weight = module.first.weight.detach().clone()
+    moments = {slot: value.clone() for slot, value in optimizer.state[module.first.weight].items()}
+    (module.first.weight.square().sum()).backward()
+    optimizer.step()
+    checkpoint.write(tmp_path, taken)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    other, again = trained(2)
+    checkpoint.restore(found, other, again)
+    assert torch.equal(other.first.weight, weight)
+    assert moments
+    assert all(torch.equal(again.state[other.first.weight][slot], value) for slot, value in moments.items())
+    assert not torch.equal(module.first.weight, weight)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -197,7 +223,8 @@ def test_frozen_digest_sees_frozen_values_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "free"), [("steps", True), ("log_every", True), ("seed", False), ("accumulate", False)]
+    ("key", "free"),
+    [("steps", True), ("log_every", True), ("keep_last", True), ("seed", False), ("accumulate", False)],
 )
 def test_which_settings_may_change(tmp_path: Path, key: str, free: bool) -> None:
     save(tmp_path, 1)
@@ -209,6 +236,22 @@ def test_which_settings_may_change(tmp_path: Path, key: str, free: bool) -> None
     else:
         with pytest.raises(DataError, match=rf"train\.{key} was None and is now 5"):
             checkpoint.check_same_run(found, config, "data", "frozen")
+
+
+def test_a_setting_that_an_older_checkpoint_does_not_know_counts_as_its_default(tmp_path: Path) -> None:
+    run = TokenLMRun(
+        data=DataSettings(path="shards"), model=TokenLMConfig(vocab_size=9, backbone=BackboneConfig(width=16, heads=2))
+    )
+    settings = run.model_dump(mode="json")
+    older = {**settings, "train": {name: value for name, value in settings["train"].items() if name != "accumulate"}}
+    before = state(1).model_copy(update={"config": older})
+    checkpoint.write(tmp_path, checkpoint.snapshot(before, *trained(), {}))
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    checkpoint.check_same_run(found, settings, "data", "frozen")
+    changed = {**settings, "train": {**settings["train"], "accumulate": 2}}
+    with pytest.raises(DataError, match=r"train\.accumulate was 1 and is now 2"):
+        checkpoint.check_same_run(found, changed, "data", "frozen")
 
 
 def test_nothing_is_pickled() -> None:
@@ -226,7 +269,7 @@ def test_unused_parameters_have_no_state(tmp_path: Path) -> None:
     optimizer = make_optimizer(module, OptimSettings())
     module.first.weight.sum().backward()
     optimizer.step()
-    checkpoint.save(tmp_path, state(1), module, optimizer, {})
+    checkpoint.write(tmp_path, checkpoint.snapshot(state(1), module, optimizer, {}))
     found = checkpoint.latest(tmp_path)
     assert found is not None
     again = make_optimizer(module, OptimSettings())

@@ -23,7 +23,7 @@ from nextvec.train import checkpoint
 from nextvec.train.data import Data
 from nextvec.train.loop import TrainResult, train
 from nextvec.train.metrics import read_metrics
-from nextvec.train.sitting import generator_for
+from nextvec.train.noise import generator_for
 
 VOCAB, ROWS, CONTEXT = 11, 3, 8
 TIMES = ("seconds", "cpu_seconds", "tokens_per_s", "share", "memory_bytes")
@@ -56,14 +56,14 @@ class Fake:
     def __init__(self) -> None:
         self.module: Any = Module()
         self.calls = 0
-        self.break_at: int | None = None  # step whose loss is not a number
+        self.break_at: tuple[int, ...] = ()  # batches whose loss is not a number, from 1 on
         self.signal_at: int | None = None
 
     def loss(self, ids_BT: Tensor, generator: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.module(ids_BT, generator, progress)
         if self.module.training:
             self.calls += 1
-            if self.calls - 1 == self.break_at:  # the first call counts operations
+            if self.calls - 1 in self.break_at:  # the first call counts operations
                 loss = loss * float("nan")
             if self.calls - 1 == self.signal_at:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -141,13 +141,13 @@ def test_resume_from_an_older_step_after_a_crash(tmp_path: Path) -> None:
     """Rows written after the last checkpoint are not doubled, and no row is lost."""
     run(tmp_path / "whole", config())
     crashed = Fake()
-    crashed.break_at = 8
+    crashed.break_at = (8,)
     with pytest.raises(UserError, match="the checkpoint of step 5 is kept"):
-        run(tmp_path / "part", config(save_every=5), crashed)
+        run(tmp_path / "part", config(save_every=5, skip_limit=0), crashed)
     with open(tmp_path / "part" / "metrics.jsonl", "a") as handle:
         handle.write('{"kind": "train", "st')  # as a crash leaves it
     assert [row["step"] for row in read_metrics(tmp_path / "part")][-1] == 6
-    run(tmp_path / "part", config(), resume=True)
+    run(tmp_path / "part", config(), resume=True)  # skip_limit is free to change
     assert_same(tmp_path / "whole", tmp_path / "part", 10)
 
 
@@ -214,25 +214,68 @@ def test_bf16_keeps_parameters_and_optimizer_in_fp32(tmp_path: Path) -> None:
     assert dtypes[-1] == torch.float32  # the loop gave the bare module back
 
 
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = Fake()
+    objective.break_at = (5, 7)
+    run(tmp_path / "run", config(save_every=1, keep_last=99), objective)
+    for step in (5, 7):
+        before, after = tensors(tmp_path / "run", step - 1), tensors(tmp_path / "run", step)
+        own = [name for name in before if not name.startswith("metrics/")]
+        assert all(torch.equal(before[name], after[name]) for name in own)
+        assert not torch.equal(tensors(tmp_path / "run", step + 1)["out.weight"], after["out.weight"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"step {step} was skipped: its loss or gradient is not finite" for step in (5, 7)
+    ]
+    assert "(1 in a row, 2 in all; training stops after train.skip_limit=10 in a row)" in lines[1]
+    found = [row for row in rows(tmp_path / "run") if row["kind"] == "train"]
+    assert [row.get("skipped") for row in found] == [None, 1, 2, 2]
+    assert all(row["loss"] is not None for row in found)  # the mean of the steps that counted
+
+
+def test_skipped_steps_are_remembered_by_a_resumed_run(tmp_path: Path) -> None:
+    whole, first = Fake(), Fake()
+    whole.break_at = first.break_at = (4, 5, 6)
+    run(tmp_path / "whole", config(), whole)
+    first.signal_at = 5
+    assert run(tmp_path / "part", config(), first).step == 5
+    rest = Fake()
+    rest.break_at = (1,)
+    run(tmp_path / "part", config(), rest, resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "part", 10)
+    assert rows(tmp_path / "part")[-1]["step"] == 10
+
+
 def test_diverged_training_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     objective = Fake()
-    objective.break_at = 5
+    objective.break_at = (5, 6, 7)
     with pytest.raises(
-        UserError, match=r"stopped at step 6: the loss is nan since step 3; the checkpoint of step 4 is"
+        UserError,
+        match=r"stopped at step 7: .* was not finite in 3 steps in a row; the checkpoint of step 6 is kept; tr",
     ) as e:
-        run(tmp_path / "run", config(save_every=2), objective)
+        run(tmp_path / "run", config(save_every=2, skip_limit=2), objective)
     assert "\n" not in str(e.value)
     found = checkpoint.latest(tmp_path / "run")
     assert found is not None
-    assert found.state.step == 4
+    assert (found.state.step, found.state.skipped, found.state.skipped_in_a_row) == (6, 2, 2)
 
 
-def test_diverged_between_log_lines_is_never_saved(tmp_path: Path) -> None:
-    objective = Fake()
-    objective.break_at = 4
-    with pytest.raises(UserError, match="no checkpoint had been written"):
-        run(tmp_path / "run", config(save_every=4, log_every=100), objective)
-    assert checkpoint.latest(tmp_path / "run") is None
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Fake):
+        def loss(self, ids_BT: Tensor, generator: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+            if self.calls == 4:
+                with torch.no_grad():
+                    self.module.out.bias[0] = float("inf")
+            return super().loss(ids_BT, generator, progress)
+
+    with pytest.raises(UserError, match="the checkpoint of step 2 is kept"):
+        run(tmp_path / "run", config(save_every=2, skip_limit=3), Broken())
+    assert "the checkpoint of step 4 was not written (out.bias is not finite)" in capsys.readouterr().err
+    found = checkpoint.latest(tmp_path / "run")
+    assert found is not None
+    assert found.state.step == 2
 
 
 def test_full_disk_during_a_save_keeps_the_previous_one_and_goes_on(
@@ -369,9 +412,9 @@ def test_checkpoints_are_written_by_the_clock(tmp_path: Path, monkeypatch: pytes
             now += 50.0 if self.calls > 0 and self.module.training else 0.0  # the first is a look at the shapes
             return super().loss(ids_BT, generator, progress)
 
-    real = module.checkpoint.save
+    real = module.checkpoint.write
     monkeypatch.setattr(
-        module.checkpoint, "save", lambda out, state, *more: saved.append(state.step) or real(out, state, *more)
+        module.checkpoint, "write", lambda out, taken, *more: saved.append(taken.state.step) or real(out, taken, *more)
     )
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     run(tmp_path / "run", config(save_minutes=2.0), Slow())
@@ -447,9 +490,9 @@ def test_generators_differ_between_steps_and_purposes() -> None:
 
 def test_config_is_written_first_and_metrics_are_json(tmp_path: Path) -> None:
     objective = Fake()
-    objective.break_at = 1
+    objective.break_at = (1,)
     with pytest.raises(UserError):
-        run(tmp_path / "run", config(), objective)
+        run(tmp_path / "run", config(skip_limit=0), objective)
     assert "kind: autoencoder" in (tmp_path / "run" / "config.yaml").read_text()
     run(tmp_path / "good", config())
     for line in (tmp_path / "good" / "metrics.jsonl").read_text().splitlines():

@@ -207,6 +207,9 @@ class TrainSettings(Config):
     eval_every: Count = 0  # steps; 0: only at the end
     save_every: Count = 0  # steps; 0: by the clock alone, at the end and on Ctrl-C
     save_minutes: Annotated[float, Field(gt=0)] = 10.0  # of wall-clock time, at most, between two checkpoints
+    keep_last: Positive = 2  # newest checkpoints that are kept; with one, a damaged file loses the run
+    keep_every: Count = 0  # steps; checkpoints of these steps are kept as well; 0: none
+    skip_limit: Count = 10  # steps in a row without a finite loss and gradient, skipped, before training stops
 
 
 class ModelRun(Config):

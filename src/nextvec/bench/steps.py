@@ -24,9 +24,9 @@ from nextvec.text.shards import Manifest, Stream, TokenShards, shard_dtype
 from nextvec.text.tokenizer import byte_tokenizer
 from nextvec.text.writing import ShardWriter
 from nextvec.train.compile import compile_blocks
+from nextvec.train.noise import TRAIN, generator_for
 from nextvec.train.objectives import build_objective
 from nextvec.train.optim import make_optimizer, rate_factor
-from nextvec.train.sitting import TRAIN, generator_for
 
 Arm = Literal["ours", "plain"]
 DATA, OPTIMISER, OTHER = "data", "optimiser", "other"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nextvec.errors import ConfigError
-from nextvec.text.shards import Stream
+from nextvec.text.shards import Ids, Stream
 
 ROUNDS = 8  # Feistel rounds; four already pass as random, the rest is margin at 0.3 us each
 
@@ -45,12 +45,16 @@ class Batches:
         slack = min(context_tokens - patch, stream.length - self.windows * context_tokens)
         self._offsets = slack // patch + 1
 
-    def batch(self, index: int) -> torch.Tensor:
-        """Batch `index` >= 0: (B, T) int64 token ids. The same for the same seed, in any order of calls."""
-        out_BT = np.empty((self.rows, self.context_tokens), dtype=np.int64)
-        for row in range(self.rows):
-            out_BT[row] = self.stream.read(self.start(index * self.rows + row), self.context_tokens)
-        return torch.from_numpy(out_BT)
+    def batch(self, index: int, part: int = 0, parts: int = 1) -> torch.Tensor:
+        """Batch `index` >= 0: (B, T) int64 token ids. The same for the same seed, in any order of calls.
+
+        With `parts`, only the rows of one of so many equal parts, (B / parts, T).
+        """
+        return torch.from_numpy(np.stack([self.window(sample) for sample in samples(self.rows, index, part, parts)]))
+
+    def window(self, sample: int) -> Ids:
+        """Window number `sample`, counted over all epochs: (T,) int64."""
+        return self.stream.read(self.start(sample), self.context_tokens)
 
     def start(self, sample: int) -> int:
         """Position in the stream where window number `sample`, counted over all epochs, begins."""
@@ -58,6 +62,13 @@ class Batches:
         key = mix(mix(self.seed) ^ epoch)
         offset = mix(key) % self._offsets * self.stream.patch_size
         return offset + permute(place, self.windows, key) * self.context_tokens
+
+
+def samples(rows: int, index: int, part: int = 0, parts: int = 1) -> range:
+    """Numbers of the windows of batch `index`, or of one of so many equal parts of its rows."""
+    assert rows % parts == 0
+    count = rows // parts
+    return range(index * rows + part * count, index * rows + (part + 1) * count)
 
 
 def permute(index: int, size: int, key: int) -> int:

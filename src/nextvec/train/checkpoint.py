@@ -5,7 +5,8 @@
     state.json             position, precision, settings, and the SHA-256 of both files and of itself
 
 A checkpoint is written into a hidden folder, fsynced and renamed, so one that has its final name is whole. Frozen
-parameters (the autoencoder of a CALM run) are not stored; their digest is, so that others are refused.
+parameters (the autoencoder of a CALM run) are not stored; their digest is, so that others are refused. Saving has two
+halves: `snapshot` copies the state to the host, `write` puts a copy on disk and may run on another thread (writer.py).
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nextvec.errors import ConfigError, DataError
+from nextvec.config import parse_run
+from nextvec.errors import ConfigError, DataError, UserError
 from nextvec.files import disk_error, fsync_folder, read_json, sha256, write_json, write_tensors
 from nextvec.hardware import Precision
 
 FORMAT = 1  # version of state.json
-KEEP = 2  # checkpoints kept in a run directory
+KEEP = 2  # newest checkpoints kept in a run directory
 MODULE, OPTIMIZER, STATE = "module.safetensors", "optimizer.safetensors", "state.json"
 CONTINUED = (
     "train.steps",
@@ -37,6 +39,9 @@ CONTINUED = (
     "train.eval_every",
     "train.save_every",
     "train.save_minutes",
+    "train.keep_last",
+    "train.keep_every",
+    "train.skip_limit",
     "data.path",
 )  # free to change
 
@@ -60,6 +65,8 @@ class TrainState(BaseModel):
     config: dict[str, Any]  # the run's settings
     data: str  # digest of the training shards' manifest
     frozen: str  # digest of the parameters that are not trained
+    skipped: int = 0  # steps whose loss or gradient was not finite, over all of training; they changed nothing
+    skipped_in_a_row: int = 0  # of these, the last ones without a good step between
 
 
 @dataclass(frozen=True)
@@ -68,23 +75,41 @@ class Checkpoint:
     state: TrainState
 
 
-def save(
-    run: Path, state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor]
-) -> Path:
-    """Write a checkpoint of `run` and remove all but the newest two. Raises DataError when the disk is full.
+@dataclass(frozen=True)
+class Snapshot:
+    """All of a checkpoint in host memory, nothing shared with what is being trained."""
 
-    Whatever goes wrong, the checkpoints that were there stay.
+    state: TrainState
+    module: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def snapshot(
+    state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer, sums: Mapping[str, Tensor]
+) -> Snapshot:
+    """Copy what a checkpoint holds; training may go on as soon as this returns. Waits for the device."""
+    return Snapshot(state, _copied(_module_tensors(module)), _copied(_optimizer_tensors(optimizer, sums)))
+
+
+def write(run: Path, taken: Snapshot, keep_last: int = KEEP, keep_every: int = 0) -> Path:
+    """Write a checkpoint of `run` and remove all but the newest `keep_last` and those of every `keep_every` steps.
+
+    Whatever goes wrong, the checkpoints that were there stay. Raises DataError when the disk is full, UserError for
+    weights that are not finite.
     """
+    bad = next((name for name, tensor in taken.module.items() if not bool(tensor.isfinite().all())), None)
+    if bad is not None:
+        raise UserError(f"{bad} is not finite")
     folder = Path(run) / "checkpoints"
-    final = folder / f"step-{state.step:08d}"
+    final = folder / f"step-{taken.state.step:08d}"
     partial = folder / f".{final.name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_partial(folder)
         partial.mkdir()
-        write_tensors(partial / MODULE, _module_tensors(module))
-        write_tensors(partial / OPTIMIZER, _optimizer_tensors(optimizer, sums))
-        content = state.model_dump(mode="json") | {
+        write_tensors(partial / MODULE, taken.module)
+        write_tensors(partial / OPTIMIZER, taken.optimizer)
+        content = taken.state.model_dump(mode="json") | {
             "sha256": {name: sha256(partial / name) for name in (MODULE, OPTIMIZER)}
         }
         write_json(partial / STATE, content | {"digest": _digest(content)})
@@ -96,8 +121,9 @@ def save(
         raise disk_error(error, final) from error
     finally:
         _remove_partial(folder)
-    for old in _steps(run)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in _steps(run)[keep_last:]:
+        if not keep_every or _step_of(old) % keep_every:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -181,9 +207,10 @@ def parameters_digest(named: Iterable[tuple[str, nn.Parameter]]) -> str:
 def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str, frozen: str) -> None:
     """Refuse to go on with other settings, data or frozen weights. Raises DataError naming what changed.
 
-    `train.steps`, the log, evaluation and save intervals may change, and the shards may have moved.
+    The number of steps, what is logged, evaluated, saved and kept may change, and the shards may have moved. A setting
+    that the checkpoint does not know, written by an older nextvec, counts as its default.
     """
-    before, now = _flat(checkpoint.state.config), _flat(config)
+    before, now = _flat(_with_defaults(checkpoint.state.config)), _flat(config)
     for key in sorted(before.keys() | now.keys()):
         if key not in CONTINUED and before.get(key) != now.get(key):
             raise DataError(
@@ -196,6 +223,17 @@ def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str,
         raise DataError("--resume needs the autoencoder that the run began with: its weights differ now")
 
 
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return parse_run(config, "checkpoint").model_dump(mode="json")
+    except (ConfigError, KeyError):  # not the settings of a run that this version knows: compare what is there
+        return config
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() if t.device.type == "cpu" else t.detach().cpu() for name, t in tensors.items()}
+
+
 def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Trained parameters (tied ones once) and persistent buffers, sharing memory with the module."""
     persistent = module.state_dict(keep_vars=True)
@@ -203,7 +241,7 @@ def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors | {n: b for n, b in module.named_buffers() if n in persistent}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = optimizer.state_dict()
     names = [name for group in state["param_groups"] for name in group["param_names"]]
     slots = {f"{names[index]}/{slot}": value for index, of in state["state"].items() for slot, value in of.items()}
@@ -264,6 +302,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 __all__ = [
     "Checkpoint",
+    "Snapshot",
     "TrainState",
     "check_same_run",
     "drop_newer",
@@ -271,5 +310,6 @@ __all__ = [
     "latest",
     "parameters_digest",
     "restore",
-    "save",
+    "snapshot",
+    "write",
 ]

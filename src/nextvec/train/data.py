@@ -18,8 +18,11 @@ MANIFEST = "manifest.json"
 class BatchSource(Protocol):
     """Batch i is a pure function of i. Legend: B rows, T tokens per row."""
 
-    def batch(self, index: int) -> Any:
-        """(B, T) int64 token ids; where the teacher was stored (`data.latents`), `Encoded`."""
+    def batch(self, index: int, part: int = 0, parts: int = 1) -> Any:
+        """(B, T) int64 token ids; where the teacher was stored (`data.latents`), `Encoded`.
+
+        With `parts`, only the rows of one of so many equal parts, (B / parts, T).
+        """
         ...
 
 

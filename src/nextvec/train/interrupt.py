@@ -13,11 +13,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupt:
     """Inside the `with` block the first signal sets `requested`; a second one raises KeyboardInterrupt at once.
 
+    Under a launcher (`patient`) further signals change nothing: it passes on the one that its processes have had from
+    the terminal already, and kills them itself when they take too long.
+
     Outside the main thread, where Python allows no handlers, it never becomes set.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.requested = False
+        self._patient = patient
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -32,6 +36,6 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and not self._patient:
             raise KeyboardInterrupt
         self.requested = True

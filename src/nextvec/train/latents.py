@@ -26,7 +26,7 @@ from nextvec.files import atomic_path, read_json, write_json
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.posterior import Posterior
-from nextvec.text.batches import Batches
+from nextvec.text.batches import Batches, samples
 from nextvec.text.shards import Stream
 from nextvec.train.checkpoint import parameters_digest
 from nextvec.train.data import Data
@@ -90,13 +90,13 @@ class EncodedBatches:
             if self._files[-1].shape != (patches, 2 * manifest.latent):
                 raise DataError(f"{path} does not fit its manifest; run nextvec prepare --latents again")
 
-    def batch(self, index: int) -> Encoded:
-        """Batch `index` as `Batches.batch`."""
-        rows = self.batches.rows
+    def batch(self, index: int, part: int = 0, parts: int = 1) -> Encoded:
+        """Batch `index`, or a part of it, as `Batches.batch`."""
+        rows = samples(self.batches.rows, index, part, parts)
         patches = self.batches.context_tokens // self._patch_size
-        starts = [self.batches.start(index * rows + row) // self._patch_size for row in range(rows)]
+        starts = [self.batches.start(sample) // self._patch_size for sample in rows]
         both_BPL = torch.from_numpy(np.stack([self._read(start, patches) for start in starts]))
-        return Encoded(self.batches.batch(index), *both_BPL.split(self._latent, dim=-1))
+        return Encoded(self.batches.batch(index, part, parts), *both_BPL.split(self._latent, dim=-1))
 
     def _read(self, start: int, patches: int) -> NDArray[Any]:
         parts = []

@@ -1,31 +1,35 @@
 """The training loop, one for every kind of run, on `accelerate` (mixed precision, accumulation; wraps for DDP).
 
-Nothing random is carried from step to step: batch number step * accumulate + micro comes from the data, and the noise
-of a step from a generator seeded with (seed, step). So a checkpoint needs no generator state, and a resumed run equals
-an uninterrupted one bit for bit on the same hardware and number of threads. Objectives must draw from that generator
-only; torch's global one is not saved.
+Nothing random is carried from step to step: batch number n = step * accumulate + micro comes from the data, and its noise
+from a generator seeded with (seed, n). So a checkpoint needs no generator state, and a resumed run equals an uninterrupted
+one bit for bit on the same hardware and number of threads. Objectives must draw from that generator only; torch's global
+one is not saved.
 
-The host waits for the device at log, evaluation and save steps only.
+Under `torchrun` or `accelerate launch` the same step is shared among the processes (world.py); process 0 writes for all.
+The host waits for the device once a step, to see that the gradient is finite; a step whose is not changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from nextvec.config import RunConfig, dump_yaml
-from nextvec.errors import ConfigError
+from nextvec.errors import ConfigError, UserError
 from nextvec.files import atomic_open
 from nextvec.hardware import choose_device
 from nextvec.process import keep_freed_memory
 from nextvec.train import checkpoint
 from nextvec.train.data import Data, open_data
+from nextvec.train.interface import Trainable, TrainResult
 from nextvec.train.interrupt import Interrupt
 from nextvec.train.latents import with_latents
-from nextvec.train.metrics import METRICS, MetricsLog, Row, check_tensorboard
+from nextvec.train.lock import run_lock
+from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row, check_tensorboard
 from nextvec.train.progress import Display
-from nextvec.train.sitting import Sitting, Trainable, TrainResult
+from nextvec.train.sitting import Sitting
+from nextvec.train.world import World, lost_process, open_world
 
 
 def train(
@@ -59,39 +63,66 @@ def train(
     command: the command line that goes on with this run, named when training is interrupted.
 
     SIGINT and SIGTERM finish the step, save, and return with `interrupted` set. Raises ConfigError or DataError before
-    anything is written when the device, data, run directory or settings do not fit, and UserError when the loss is
-    not finite; the last checkpoint is kept then, and one is never written from a state that is not finite.
+    anything is written when the device, data, run directory or settings do not fit or another process writes this run, and
+    UserError when the loss stays not finite; the last checkpoint is kept then, and none is written of weights that are not.
     """
     keep_freed_memory()
     out = Path(out)
-    check_out(out, resume)
     place = choose_device(device)
-    display = Display(config.train.steps, show, time_budget)
+    world = open_world(place)
     notes: list[str] = []
-    if data is None:
-        data, note = open_data(config, valid, eval_batches)
-        notes += [note] if note else []
-    if tensorboard:
-        check_tensorboard()
-    if config.data.latents:
-        data = with_latents(data, objective.module)
-    found = checkpoint.latest(out, display.say) if resume else None
-    frozen = checkpoint.frozen_digest(objective.module)
-    if found is not None:
-        checkpoint.check_same_run(found, config.model_dump(mode="json"), data.digest, frozen)
-        checkpoint.drop_newer(out, found.state.step)
-    elif resume:
-        notes.append(f"{out} has no checkpoint yet: training starts at step 0")
-    with atomic_open(out / "config.yaml") as handle:
-        handle.write(dump_yaml(config))
-    for note in notes:
-        display.note(note)
-    with closing(MetricsLog(out, found.state.step if found else 0, tensorboard)) as log, closing(display):
-        sitting = Sitting(
-            config, objective, out, place, data, frozen, log, display, time_budget, on_log, command, found
-        )
-        with Interrupt() as interrupt, closing(sitting):
-            return sitting.run(interrupt)
+    if world.first:
+        check_out(out, resume)
+    try:
+        with ExitStack() as stack:
+            if resume and world.first:
+                stack.enter_context(run_lock(out))
+            display = stack.enter_context(closing(Display(config.train.steps, show, time_budget, mute=not world.first)))
+            if data is None:
+                data, note = open_data(config, valid, eval_batches)
+                notes += [note] if note else []
+            if tensorboard:
+                check_tensorboard()
+            if config.data.latents:
+                data = with_latents(data, objective.module)
+            frozen = checkpoint.frozen_digest(objective.module)
+            found = _find(out, world, display) if resume else None
+            if found is not None:
+                checkpoint.check_same_run(found, config.model_dump(mode="json"), data.digest, frozen)
+            elif resume:
+                notes.append(f"{out} has no checkpoint yet: training starts at step 0")
+            if world.first:
+                if not resume:
+                    stack.enter_context(run_lock(out))
+                    check_out(out, resume)  # another one may have begun since
+                if found is not None:
+                    checkpoint.drop_newer(out, found.state.step)
+                with atomic_open(out / "config.yaml") as handle:
+                    handle.write(dump_yaml(config))
+            for note in notes:
+                display.note(note)
+            step = found.state.step if found else 0
+            log = stack.enter_context(closing(MetricsLog(out, step, tensorboard) if world.first else NoLog()))
+            sitting = Sitting(
+                config, objective, out, place, data, frozen, log, display, time_budget, on_log, command, found, world
+            )
+            interrupt = stack.enter_context(Interrupt(patient=world.size > 1))
+            stack.enter_context(closing(sitting))
+            result = sitting.run(interrupt)
+        world.close()
+    except RuntimeError as error:
+        if not lost_process(error, world):
+            raise
+        raise UserError(
+            "another process of this run has ended; under `torchrun --max-restarts N` all go on from the last checkpoint, "
+            "otherwise start again with --resume"
+        ) from None
+    return result
+
+
+def _find(out: Path, world: World, display: Display) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint: process 0 reads and checks it all, the others open the one that it found."""
+    return world.share(checkpoint.latest(out, display.say) if world.first else None)
 
 
 def check_out(out: Path, resume: bool) -> None:

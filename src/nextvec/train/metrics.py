@@ -87,6 +87,20 @@ class MetricsLog:
             self._board.close()
 
 
+class NoLog:
+    """The log of a process that writes none: it keeps the newest held-out row, as `MetricsLog` does."""
+
+    evaluation: Row | None = None
+
+    def write(self, row: Row) -> None:
+        if row["kind"] == "eval":
+            self.evaluation = row
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _line(row: Row) -> str:
     return json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n"
 

@@ -27,10 +27,10 @@ class _Live(Progress):
 class Display:
     """`note` and `log` speak only when `show` is set; `say` always does (warnings, how to go on)."""
 
-    def __init__(self, steps: int, show: bool, budget: float | None = None) -> None:
-        """`budget`: seconds of training, where they and not `steps` end it."""
-        self._steps, self._budget = steps, budget
-        self._show = show
+    def __init__(self, steps: int, show: bool, budget: float | None = None, mute: bool = False) -> None:
+        """`budget`: seconds of training, where they and not `steps` end it. `mute`: another process speaks."""
+        self._steps, self._budget, self._mute = steps, budget, mute
+        self._show = show and not mute
         self._live: _Live | None = None
         self._task: TaskID | None = None
 
@@ -47,7 +47,7 @@ class Display:
     def say(self, line: str) -> None:
         if self._live is not None:
             self._live.console.print(escape(line), highlight=False)
-        else:
+        elif not self._mute:
             print(line, file=sys.stderr, flush=True)
 
     def note(self, line: str) -> None:

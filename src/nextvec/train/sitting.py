@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from nextvec.config import RunConfig
@@ -22,50 +18,16 @@ from nextvec.train import checkpoint
 from nextvec.train.compile import compile_blocks
 from nextvec.train.data import Data
 from nextvec.train.flops import count_flops
+from nextvec.train.interface import Trainable, TrainResult
 from nextvec.train.interrupt import Interrupt
 from nextvec.train.latents import Encoded
-from nextvec.train.metrics import METRICS, MetricsLog, Row
+from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row
+from nextvec.train.noise import EVALUATE, TRAIN, generator_for
 from nextvec.train.optim import make_optimizer, rate_factor
 from nextvec.train.progress import Display, duration
-
-TRAIN, EVALUATE = 0, 1  # purposes of a generator
-
-
-class Trainable(Protocol):
-    """What the loop needs of an objective. Legend: B rows, T tokens per row."""
-
-    module: Any  # an nn.Module whose forward is the loss; `loss` calls it, so that the loop may wrap it
-
-    def loss(self, batch: Any, generator: torch.Generator | None, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and detached 0-dim metrics, without waiting for the device. `progress` in [0, 1) of training."""
-        ...
-
-    def evaluate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> dict[str, Any]:
-        """Metrics over held-out batches of ids (B, T)."""
-        ...
-
-    def save(self, path: Path, trained: Row) -> None:
-        """Write the run directory's model files. `trained`: step, tokens, seconds, and the last held-out figures."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a call of `train` ended. `seconds` as in metrics.jsonl; `evaluation` is the last held-out row, if any."""
-
-    out: Path
-    step: int
-    tokens: int
-    seconds: float
-    interrupted: bool
-    precision: Precision
-    evaluation: Row | None
-
-
-def generator_for(seed: int, step: int, purpose: int, device: torch.device) -> torch.Generator:
-    """The generator of one step. Distinct steps of a run get distinct seeds: torch's CPU generator reads 32 bits only."""
-    key = (seed * 2 + purpose) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-    return torch.Generator(device).manual_seed((key >> 32 ^ key) + step & 0xFFFFFFFF)
+from nextvec.train.tally import Tally, finite
+from nextvec.train.world import World, make_accelerator
+from nextvec.train.writer import Writer
 
 
 class Sitting:
@@ -79,39 +41,43 @@ class Sitting:
         device: torch.device,
         data: Data,
         frozen: str,
-        metrics: MetricsLog,
+        metrics: MetricsLog | NoLog,
         display: Display,
         time_budget: float | None,
         on_log: Callable[[Row], None] | None,
         command: str | None,
         found: checkpoint.Checkpoint | None,
+        world: World,
     ) -> None:
         self.config, self.objective, self.out, self.device, self.data = config, objective, out, device, data
         self.frozen, self.metrics, self.display = frozen, metrics, display
-        self.time_budget, self.on_log, self.command = time_budget, on_log, command
+        self.time_budget, self.on_log, self.command, self.world = time_budget, on_log, command, world
         settings = config.train
+        self.part = world.part(settings.accumulate, config.data.rows)
         self.tokens_per_step = config.data.rows * config.data.context_tokens * settings.accumulate
         self.precision = self._choose_precision(found)
-        self.accelerator = _accelerator(device, self.precision, settings.accumulate)
+        self.accelerator = make_accelerator(device, self.precision, config, len(self.part.batches))
         self.bare: nn.Module = objective.module.to(device).train()
         self.optimizer = make_optimizer(self.bare, config.optim)
         self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
 
         self.step, self.seconds, self.logged_step, self.logged_seconds = 0, 0.0, 0, 0.0
         self.cpu_seconds = 0.0
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.saved_step: int | None = None
+        self.tally = Tally()
+        self.writer = Writer(out, settings.keep_last, settings.keep_every, metrics.sync, display.say)
         self.flops_per_token = 0.0
-        self.peak_rate = matmul_rates(device)[self.precision]
+        self.peak_rate = world.size * matmul_rates(device)[self.precision]
         if found is not None:
             state = found.state
-            self.sums = {n: t.to(device) for n, t in checkpoint.restore(found, self.bare, self.optimizer).items()}
-            self.counts = dict(state.counts)
-            self.step, self.seconds, self.saved_step = state.step, state.seconds, state.step
+            sums = {n: t.item() for n, t in checkpoint.restore(found, self.bare, self.optimizer).items()}
+            self.tally = Tally(sums, dict(state.counts), state.skipped, state.skipped_in_a_row)
+            self.step, self.seconds, self.writer.saved = state.step, state.seconds, state.step
             self.cpu_seconds = state.cpu_seconds
             self.logged_step, self.logged_seconds = state.logged_step, state.logged_seconds
-        objective.module, self.prepared_optimizer = self.accelerator.prepare(self.bare, self.optimizer)
+        self.agreed_seconds = self.seconds  # of process 0 at the last step: what all of them decide by
+        self.stopping = False  # an interrupt that all processes have heard of
+        self.wrapped, self.prepared_optimizer = self.accelerator.prepare(self.bare, self.optimizer)
+        objective.module = self.wrapped
         self._start_clocks()
         self.save_tried = time.monotonic()
 
@@ -122,8 +88,8 @@ class Sitting:
             self._warm_up()
             if self.step and self._due(settings.eval_every):
                 self._evaluate(interrupt)  # the last sitting was interrupted before it
-        while not self._finished() and not interrupt.requested:
-            self._train_step()
+        while not self._finished() and not self._stop(interrupt):
+            self._train_step(interrupt)
             if self._finished():
                 break
             if self._due(settings.log_every):
@@ -154,54 +120,85 @@ class Sitting:
         )
 
     def close(self) -> None:
-        """Give the objective its bare module back."""
-        self.objective.module = self.accelerator.unwrap_model(self.objective.module, keep_fp32_wrapper=False)
+        """Give the objective its bare module back, and let a checkpoint on its way reach the disk."""
+        self.objective.module = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.writer.close()
 
-    def _train_step(self) -> None:
+    def _train_step(self, interrupt: Interrupt) -> None:
         settings, progress = self.config.train, self._progress()
         factor = rate_factor(self.step, progress, settings.steps, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
-        generator = generator_for(settings.seed, self.step, TRAIN, self.device)
-        for micro in range(settings.accumulate):
-            batch = self.data.train.batch(self.step * settings.accumulate + micro).to(self.device, non_blocking=True)
+        sums: dict[str, Tensor] = {}
+        for micro in self.part.batches:
+            number = self.step * settings.accumulate + micro
+            batch = self._batch(number).to(self.device, non_blocking=True)
+            generator = generator_for(settings.seed, number, TRAIN, self.device, self.part.part)
             with self.accelerator.accumulate(self.objective.module):
                 loss, metrics = self.objective.loss(batch, generator, progress)
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip)
-                    assert isinstance(norm, Tensor)
-                    self._add({"grad_norm": norm})
-                self.prepared_optimizer.step()
-                self.prepared_optimizer.zero_grad()
-            self._add({**metrics, "loss": loss.detach()})
+            for name, value in {**metrics, "loss": loss}.items():
+                value = value.detach().float()
+                sums[name] = sums[name] + value if name in sums else value
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip)
+        assert isinstance(norm, Tensor)
+        if self._count(sums, norm, interrupt):
+            self.prepared_optimizer.step()
+        self.prepared_optimizer.zero_grad()
         self.step += 1
         self._tick()
+        if self.world.size == 1:
+            self.agreed_seconds = self.seconds
+        if self.tally.skipped_in_a_row:
+            self._say_skipped()
+        self.writer.settle(wait=False)
         self.display.advance(self.step, self.seconds)
 
-    def _add(self, metrics: dict[str, Tensor]) -> None:
-        """Sum metrics on the device until the next log line."""
-        for name, value in metrics.items():
-            total = self.sums.get(name)
-            self.sums[name] = value.detach().float().clone() if total is None else total + value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
+    def _batch(self, number: int) -> Any:
+        """Batch `number` of training, or the rows of it that are this process's."""
+        if self.part.parts == 1:
+            return self.data.train.batch(number)
+        return self.data.train.batch(number, self.part.part, self.part.parts)
 
-    def _means(self) -> dict[str, float]:
-        """Means since the last log line; waits for the device. Raises UserError when training has diverged."""
-        if not self.sums:
-            return {}
-        values = torch.stack(list(self.sums.values())).tolist()
-        means = {name: value / self.counts[name] for name, value in zip(self.sums, values, strict=True)}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(means[name]):
-                raise UserError(
-                    f"training stopped at step {self.step}: the {name.replace('_', ' of the gradient: ')} is {means[name]} "
-                    f"since step {self.logged_step}; {self._kept()}; train again with a lower optim.lr or a longer optim.warmup"
-                )
-        return means
+    def _count(self, sums: dict[str, Tensor], norm: Tensor, interrupt: Interrupt) -> bool:
+        """Add up the metrics of all processes; whether the step may be taken. The one place where the host waits.
+
+        The gradient's norm is the same everywhere already. Seconds of process 0 and interrupts travel along.
+        """
+        names = list(sums)
+        if self.world.size == 1:
+            *values, norm_value = torch.stack([*sums.values(), norm.float()]).tolist()
+        else:
+            self._tick()
+            more = [float(interrupt.requested), self.seconds if self.world.first else 0.0]
+            mine = torch.tensor([*torch.stack(list(sums.values())).tolist(), *more], dtype=torch.float64)
+            *values, stop, self.agreed_seconds = self.world.total(mine.to(self.device)).tolist()
+            self.stopping, norm_value = stop > 0, norm.item()
+        found = dict(zip(names, values, strict=True))
+        good = finite(found["loss"], norm_value)
+        if good:
+            batches = len(self.part.batches) * self.world.size
+            self.tally.good_step(found, batches, norm_value)
+        else:
+            self.tally.skipped_step()
+        return good
+
+    def _say_skipped(self) -> None:
+        """Raises UserError when too many steps in a row had to be skipped."""
+        limit = self.config.train.skip_limit
+        if self.tally.skipped_in_a_row > limit:
+            self.writer.settle(wait=True)
+            raise UserError(
+                f"training stopped at step {self.step}: the loss or its gradient was not finite in {limit + 1} steps in a "
+                f"row; {self.writer.kept()}; train again with a lower optim.lr or a longer optim.warmup"
+            )
+        self.display.say(
+            f"step {self.step} was skipped: its loss or gradient is not finite ({self.tally.skipped_in_a_row} in a row, "
+            f"{self.tally.skipped} in all; training stops after train.skip_limit={limit} in a row)"
+        )
 
     def _log(self) -> None:
-        means = self._means()
+        means = self.tally.take_means()
         self._tick()
         if not means:
             return
@@ -216,9 +213,9 @@ class Sitting:
             "cpu_seconds": self.cpu_seconds,
         }
         row |= {"loss": loss, **means, "lr": self.optimizer.param_groups[-1]["lr"], "grad_norm": norm}
+        row |= {"skipped": self.tally.skipped} if self.tally.skipped else {}
         share = self.flops_per_token * speed / self.peak_rate if self.flops_per_token else None
         row |= {"tokens_per_s": speed, "share": share, "memory_bytes": memory_in_use(self.device)}
-        self.sums, self.counts = {}, {}
         self.logged_step, self.logged_seconds = self.step, self.seconds
         self._write(row)
         eta = (self.config.train.steps - self.step) * seconds / steps
@@ -238,6 +235,7 @@ class Sitting:
                 yield ids_BT.to(self.device)
 
         with self._paused():
+            self.objective.module = self.bare  # every process measures the same for itself: nothing to wait for
             try:
                 with torch.no_grad(), self.accelerator.autocast():
                     self.bare.eval()
@@ -248,6 +246,7 @@ class Sitting:
                 return
             finally:
                 self.bare.train()
+                self.objective.module = self.wrapped
             tokens = self.step * self.tokens_per_step
             times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
             row: Row = {"kind": "eval", "step": self.step, "tokens": tokens, **times, **found}
@@ -261,55 +260,49 @@ class Sitting:
             self.display.say(
                 f"step {self.step} is missing from {self.out / METRICS} ({error.strerror}); training goes on"
             )
-        if self.on_log is not None:
+        if self.on_log is not None and self.world.first:
             self.on_log(row)
 
     def _save(self, last: bool) -> None:
-        """Write a checkpoint. When it cannot be written, training goes on, except after the last step."""
-        if self.saved_step == self.step:
+        """Begin to write a checkpoint. When it cannot be written, training goes on, except after the last step.
+
+        One of process 0 holds all there is: the others have the same parameters and optimiser state.
+        """
+        if not self.world.first:
             return
-        self._means()  # never from a state that is not finite
-        self.save_tried = time.monotonic()
-        with self._paused():
-            state = checkpoint.TrainState(
-                step=self.step,
-                tokens=self.step * self.tokens_per_step,
-                seconds=self.seconds,
-                cpu_seconds=self.cpu_seconds,
-                logged_step=self.logged_step,
-                logged_seconds=self.logged_seconds,
-                counts=self.counts,
-                precision=self.precision,
-                config=self.config.model_dump(mode="json"),
-                data=self.data.digest,
-                frozen=self.frozen,
-            )
-            try:
-                self.metrics.sync()
-                checkpoint.save(self.out, state, self.bare, self.optimizer, self.sums)
-            except (DataError, OSError) as error:
-                why = "the disk is full" if isinstance(error, DataError) else str(error)
-                line = f"the checkpoint of step {self.step} was not written ({why}); {self._kept()}"
-                if last:
-                    raise DataError(f"{line}; free some space and go on with --resume") from error
-                self.display.say(f"{line}, training goes on")
-                return
-        self.saved_step = self.step
+        if self.writer.newest != self.step:
+            self.save_tried = time.monotonic()
+            with self._paused():
+                state = checkpoint.TrainState(
+                    step=self.step,
+                    tokens=self.step * self.tokens_per_step,
+                    seconds=self.seconds,
+                    cpu_seconds=self.cpu_seconds,
+                    logged_step=self.logged_step,
+                    logged_seconds=self.logged_seconds,
+                    counts=dict(self.tally.counts),
+                    precision=self.precision,
+                    config=self.config.model_dump(mode="json"),
+                    data=self.data.digest,
+                    frozen=self.frozen,
+                    skipped=self.tally.skipped,
+                    skipped_in_a_row=self.tally.skipped_in_a_row,
+                )
+                self.writer.begin(checkpoint.snapshot(state, self.bare, self.optimizer, self.tally.tensors()))
+        if last:
+            self.writer.finish()
 
     def _export(self) -> None:
+        if not self.world.first:
+            return
         trained: Row = {"step": self.step, "tokens": self.step * self.tokens_per_step, "seconds": self.seconds}
         with self._paused():
             self.objective.save(self.out, {**(self.metrics.evaluation or {}), **trained})
 
-    def _kept(self) -> str:
-        if self.saved_step is None:
-            return "no checkpoint had been written before"
-        return f"the checkpoint of step {self.saved_step} is kept"
-
     def _warm_up(self) -> None:
         """Count operations on one row, and compile; neither touches parameters, batches or noise of the run."""
         settings = self.config.train
-        first = self.data.train.batch(self.step * settings.accumulate).to(self.device)
+        first = self._batch(self.step * settings.accumulate).to(self.device)
         row = first.head(1) if isinstance(first, Encoded) else first[:1]
 
         def trial(batch: Any = first) -> None:
@@ -318,9 +311,11 @@ class Sitting:
             loss.backward()
             self.optimizer.zero_grad()
 
+        self.objective.module = self.bare
         self.flops_per_token = count_flops(lambda: trial(row)) / self.config.data.context_tokens
         if settings.compile:
             compile_blocks(self.bare, self.device, trial, self.display.say)
+        self.objective.module = self.wrapped
         self._tick()
         if self.logged_step == self.step:
             self.logged_seconds = self.seconds  # the first tokens/s shall not show the warm-up
@@ -337,21 +332,24 @@ class Sitting:
             return wanted
         if found is not None:
             return found.state.precision  # a new measurement might choose differently, and end bit-exactness
-        chosen, reason = choose_precision(self.device)
+        chosen, reason = self.world.share(choose_precision(self.device) if self.world.first else ("fp32", ""))
         self.display.note(f"device {self.device.type}, precision {reason}")
         return chosen
 
     def _progress(self) -> float:
         progress = self.step / self.config.train.steps
         if self.time_budget is not None:
-            progress = max(progress, self.seconds / self.time_budget)
+            progress = max(progress, self.agreed_seconds / self.time_budget)
         return min(progress, 1.0 - 2**-20)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
+    def _stop(self, interrupt: Interrupt) -> bool:
+        return interrupt.requested if self.world.size == 1 else self.stopping
+
     def _finished(self) -> bool:
-        over = self.time_budget is not None and self.seconds >= self.time_budget
+        over = self.time_budget is not None and self.agreed_seconds >= self.time_budget
         return over or self.step >= self.config.train.steps
 
     def _tick(self) -> None:
@@ -377,11 +375,3 @@ class Sitting:
 
 class _Interrupted(Exception):  # noqa: N818  (control flow, never seen outside)
     pass
-
-
-def _accelerator(device: torch.device, precision: Precision, accumulate: int) -> Accelerator:
-    """A fresh Accelerator: its state is shared by the whole process, and each run may choose anew."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    mixed = "bf16" if precision == "bf16" else "no"
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulate)
