@@ -25,7 +25,7 @@ MEASURED_SECONDS = 1.0  # or fewer steps, once so much time has been measured
 BUSY = (
     1.2  # processes that want to run, per core, from which on a step's processor time over its threads counts instead
 )
-MEASURABLE = 20.0  # seconds: a model whose steps would take longer than this is counted, not run
+MEASURABLE = 60.0  # seconds: a model whose steps would take longer than this is counted, not run
 SHARE = 0.3  # of the machine's rate of matrix products that a training step reaches, where it is not measured
 DOCUMENTS, DOCUMENT_TOKENS = 40, 2048  # scored, where neither spec nor data say
 _FREE = {  # settings without an effect on speed
