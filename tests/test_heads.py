@@ -436,7 +436,7 @@ def test_another_solver_for_the_same_model() -> None:
 
     flow = config(FlowHeadConfig(blocks=2)).with_solver("heun", 4)
     assert flow.head == FlowHeadConfig(blocks=2, solver="heun", steps=4)
-    assert config(DiffusionHeadConfig()).with_solver(None, 7).head == DiffusionHeadConfig(steps=7)
+    assert config(DiffusionHeadConfig()).with_solver("ddpm", None).head == DiffusionHeadConfig(solver="ddpm")
     assert config(EnergyHeadConfig()).with_solver(None, None).head == EnergyHeadConfig()
     with pytest.raises(ConfigError, match="the energy head draws without a solver: leave out solver and steps"):
         config(EnergyHeadConfig()).with_solver("heun", None)

@@ -133,6 +133,7 @@ def flow_sample(size: str, dtype: torch.dtype) -> Tensor:
 def diffusion_output(size: str, dtype: torch.dtype) -> Tensor:
     at, head = golden(size), published_calm(size, "diffusion", dtype).head
     assert isinstance(head, DiffusionHead)
+    assert (head.config.solver, head.config.steps) == ("ddpm", 100)
     condition = head.net.condition(flat(size, "diffusion.hidden", dtype))
     return torch.cat(head.predict(at["diffusion.xt"].to(dtype), at["diffusion.t"], condition), dim=-1)
 

@@ -53,6 +53,10 @@ BACKBONE = {
 }
 BLOCKS = {"num_mlp_layers": "blocks"}
 HEAD = {"energy": {"noise_size": "noise", **BLOCKS}, "flow": BLOCKS, "diffusion": BLOCKS}
+DRAWS = {
+    "flow": {"solver": "midpoint", "steps": 10},
+    "diffusion": {"solver": "ddpm", "steps": 100},
+}  # in the authors' code
 SHARED = ("vocab_size", "patch_size", "latent_size")  # what a language model and its autoencoder must agree on
 MAPPED: dict[Kind, set[str]] = {
     "autoencoder": {"architectures", "num_decoder_layers", *AUTOENCODER},
@@ -131,7 +135,7 @@ def read_calm(settings: Mapping[str, Any], autoencoder: AutoencoderConfig, sourc
             f"{source}: head_dim must be hidden_size / heads = {backbone.head_dim}; got {settings['head_dim']}"
         )
     kind = LANGUAGE_MODELS[settings["architectures"][0]]
-    head = HEADS[kind].parse(_take(settings, HEAD[kind], source), source)
+    head = HEADS[kind].parse({**_take(settings, HEAD[kind], source), **DRAWS.get(kind, {})}, source)
     return CalmConfig(autoencoder=autoencoder, backbone=backbone, head=head)
 
 
