@@ -151,6 +151,8 @@ def test_a_budget_becomes_steps() -> None:
             "budget: give exactly one of tokens, flops, seconds; got tokens, flops",
         ),
         ({"rows": [{"ml.energy.draws": 2}]}, "unknown stage 'ml'; did you mean 'lm'?"),
+        ({"base": {"lmm": {}}}, "test.yaml: base: unknown stage 'lmm'; did you mean 'lm'?"),
+        ({"base": {"lm": {"optim.ler": 1}}}, "row draws=2, lm: optim: unknown key 'ler'; did you mean 'lr'?"),
         ({"rows": [{"lm.energy.drawz": 2}]}, "row drawz=2, lm: energy: unknown key 'drawz'; did you mean 'draws'?"),
         (
             {"rows": [{"lm.energy.draws": 1}]},

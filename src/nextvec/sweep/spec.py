@@ -107,6 +107,15 @@ class SweepSpec(Config):
     ranking: tuple[str, ...] = ()  # rows from best to worst, where the paper gives an order without figures
     reach: tuple[str, ...] = ()  # rows whose best final held-out loss others are timed to, by name or stage: name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known_stages(cls, data: Any) -> Any:
+        base = data.get("base") if isinstance(data, dict) else None
+        for stage in base if isinstance(base, dict) else ():
+            if stage not in STAGES:
+                raise ValueError(f"base: {unknown_name('stage', str(stage), list(STAGES))}")
+        return data
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -172,10 +181,9 @@ def _folder() -> Path:
 
 
 def _find(source: str, beside: Path | None = None) -> Path:
-    """The file of a spec: a path, also relative to `beside`, or a shipped name."""
-    places = [Path(source), _folder() / f"{source}.yaml"]
-    places += [beside / source, beside / f"{source}.yaml"] if beside is not None else []
-    for path in places:
+    """The file of a spec: of the folder `beside`, a path, or a shipped name, in this order."""
+    near = [beside / source, beside / f"{source}.yaml"] if beside is not None else []
+    for path in (*near, Path(source), _folder() / f"{source}.yaml"):
         if path.is_file():
             return path
     if Path(source).suffix in (".yaml", ".yml"):
