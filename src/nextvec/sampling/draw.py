@@ -64,10 +64,11 @@ def draw_patches(
     single = law.temperature == 1 and given is None
     draws = 1 if single else law.candidates
     if given is None and isinstance(model, HasLatents) and model.has_latents:
-        latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
-        choice = choose_patch(model.autoencoder, latent_BNL, model.patch_size, law.temperature, generators)
-        return Drawn(choice.patch, draws, None if single else choice.copies, latent_BNL)
-    latent_BNL, drawn_BNK = None, None
+        pool_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
+        choice = choose_patch(model.autoencoder, pool_BNL, model.patch_size, law.temperature, generators)
+        return Drawn(choice.patch, draws, None if single else choice.copies, pool_BNL)
+    latent_BNL: Tensor | None = None
+    drawn_BNK: Tensor | None = None
     if isinstance(model, HasLatents) and model.has_latents:
         latents = [model.draw_latents(state_BD[row], draws, each) for row, each in enumerate(generators)]
         latent_BNL = torch.stack(latents)

@@ -93,6 +93,17 @@ class TextTokenizer:
         """
         return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=specials)]
 
+    @property
+    def special_texts(self) -> list[str]:
+        """How the special tokens are written, as a chat template writes them."""
+        return [token.content for token in self._core.get_added_tokens_decoder().values() if token.special]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens, written out, mean themselves; for text that no user wrote."""
+        marked = tokenizers.Tokenizer.from_str(self._core.to_str())
+        marked.encode_special_tokens = False
+        return list(marked.encode(text, add_special_tokens=False).ids)
+
     def split(self, text: str) -> list[str]:
         """Cut a very long text into pieces whose ids, one after the other, are the ids of the whole.
 

@@ -1,0 +1,124 @@
+"""What every request passes: its key, its size, the time it may take to arrive; and what is counted and logged of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import time
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nextvec.serve.errors import ApiError
+from nextvec.serve.logs import LOGGER, event
+from nextvec.serve.metrics import Metrics
+from nextvec.serve.settings import ServeSettings
+
+OPEN = ("/", "/health", "/metrics")  # without a key; they hold no text and do no work
+
+
+class Door:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._settings, self._metrics, self._paths = app, settings, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin, log = time.perf_counter(), scope.setdefault("nextvec", {})
+        request, status = f"req-{secrets.token_hex(8)}", 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request.encode())]
+            await send(message)
+
+        try:
+            try:
+                self._check_key(scope)
+                body = await self._read(scope, receive)
+            except ApiError as error:
+                await error.response()(scope, receive, answer)
+            else:
+                if body is not None:
+                    await self._app(scope, _replay(body, receive), answer)
+        except Exception:
+            if not status:  # else the client has its answer, or half of it
+                status = 500
+                await ApiError(500, "the server failed at this request; its log says how").response()(
+                    scope, receive, send
+                )
+            LOGGER.exception("failure", extra={"fields": {"request": request}})
+        finally:
+            self._record(scope, request, log.pop("status", status), time.perf_counter() - begin, log)
+
+    def _check_key(self, scope: Scope) -> None:
+        key = self._settings.api_key
+        if key is None or scope["path"] in OPEN:
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        word, _, token = given.partition(b" ")
+        # both sides have one length and one path through the comparison, whatever is given
+        equal = hmac.compare_digest(hmac.digest(b"", token.strip(), "sha256"), hmac.digest(b"", key.encode(), "sha256"))
+        if not (equal and word.lower() == b"bearer"):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong: send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None where the client left. Raises ApiError for one too large or too slow."""
+        limit = self._settings.body_bytes
+        too_large = ApiError(413, f"a request has at most {limit:,} bytes here: send less at once")
+        told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if int(told) > limit:  # h11 has checked that it is a number
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self._settings.request_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > limit:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the request did not arrive within {self._settings.request_seconds:g} seconds", code="timeout"
+            ) from None
+
+    def _record(self, scope: Scope, request: str, status: int, seconds: float, log: dict[str, Any]) -> None:
+        path = scope["path"] if scope["path"] in self._paths else "other"  # labels must stay few
+        self._metrics.requests.labels(path, str(status)).inc()
+        event(
+            "request",
+            request=request,
+            method=scope["method"],
+            path=path,
+            status=status,
+            seconds=round(seconds, 4),
+            **log,
+        )
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body once, then what the connection says."""
+    waiting = [body]
+
+    async def again() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return again

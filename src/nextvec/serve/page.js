@@ -1,0 +1,279 @@
+"use strict";
+// One file, no library. Text arrives as server-sent events of POST /nextvec/patches, one for each patch (docs/serve.md).
+const $ = (id) => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg";
+const COLOURS = 6;
+let models = [], stopping = null, panes = [];
+
+function make(name, attributes = {}, ...children) {
+  const svg = ["svg", "rect", "circle", "path", "title"].includes(name);
+  const node = svg ? document.createElementNS(SVG, name) : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+function say(text) { $("status").textContent = text; }
+
+function complain(text) {
+  $("error").textContent = text;
+  $("error").hidden = !text;
+}
+
+function headers() {
+  const found = {"content-type": "application/json"};
+  if ($("key").value) found.authorization = "Bearer " + $("key").value;
+  return found;
+}
+
+// An answer that is an error, as a sentence for the reader.
+async function sentence(answer) {
+  if (answer.status === 401) $("key-field").hidden = false;
+  try {
+    const {error} = await answer.json();
+    const wait = answer.headers.get("retry-after");
+    return error.message + (wait ? ` (in ${wait} s)` : "");
+  } catch { return `The server answered ${answer.status}.`; }
+}
+
+async function loadModels() {
+  let answer;
+  try { answer = await fetch("v1/models", {headers: headers()}); }
+  catch { return complain("The server cannot be reached."); }
+  if (!answer.ok) return complain(await sentence(answer));
+  models = (await answer.json()).data;
+  complain("");
+  const option = (text, value) => make("option", {value}, text);
+  $("model").replaceChildren(...models.map((each) => option(each.id, each.id)));
+  $("beside").replaceChildren(option("nothing", ""), ...models.map((each) => option(each.id, each.id)));
+  const calm = models.find((each) => each.nextvec.kind === "calm") || models[0];
+  const token = models.find((each) => each.nextvec.kind === "token_lm" && each !== calm);
+  $("model").value = calm.id;
+  $("beside").value = token ? token.id : "";
+}
+
+// The text of one model: a listbox whose options are patches, so that arrow keys walk through them.
+class Pane {
+  constructor(card, prompt) {
+    this.card = card;
+    this.patches = [];
+    this.tokens = 0; this.seconds = 0; this.first = null; this.began = performance.now();
+    const kind = card.nextvec.kind === "calm" ? `CALM, ${card.nextvec.patch_size} tokens a step` : "token model, one token a step";
+    this.list = make("div", {class: "text", role: "listbox", tabindex: "0", "aria-label": `Text of ${card.id}, by patches`,
+      "aria-orientation": "horizontal"});
+    if (prompt) this.list.append(make("span", {class: "prompt", role: "presentation"}, prompt));
+    this.figures = {};
+    const list = make("dl", {class: "figures"});
+    for (const [key, words] of [["rate", "tokens/s"], ["steps", "steps/s"], ["first", "first text"], ["count", "tokens in steps"]]) {
+      this.figures[key] = make("dd", {"data-figure": key}, "–");
+      list.append(make("div", {}, make("dt", {}, words), this.figures[key]));
+    }
+    this.node = make("article", {class: card.nextvec.kind}, make("h3", {}, `${card.id} `,
+      make("span", {class: "small"}, kind)), this.list, list);
+    this.list.addEventListener("keydown", (event) => this.key(event));
+    this.list.addEventListener("focus", () => { if (this.chosen === undefined && this.patches.length) this.choose(0); });
+  }
+
+  add(patch) {
+    const index = this.patches.length;
+    this.tokens += patch.tokens;
+    this.seconds += patch.seconds;
+    if (this.first === null && patch.text) this.first = performance.now() - this.began;
+    const node = make("span", {role: "option", id: `${this.card.id}-${index}`, "aria-selected": "false",
+      class: index % 2 ? "patch even" : "patch"});
+    // a patch may be nothing but a line break, or nothing yet: then it still has a place
+    patch.text.split("\n").forEach((line, number) => {
+      if (number) node.append(make("span", {class: "break"}), "\n");
+      node.append(line);
+    });
+    if (!patch.text) node.append("\u200b");
+    node.addEventListener("click", () => this.choose(index));
+    patch.node = node;
+    this.patches.push(patch);
+    this.list.append(node);
+    const steps = this.patches.length;
+    this.figures.rate.textContent = (this.tokens / this.seconds).toFixed(0);
+    this.figures.steps.textContent = (steps / this.seconds).toFixed(0);
+    this.figures.first.textContent = this.first === null ? "–" : `${this.first.toFixed(0)} ms`;
+    this.figures.count.textContent = `${this.tokens} in ${steps}`;
+  }
+
+  // The patch whose vote tells most: several candidates, one of them with many votes.
+  telling() {
+    const most = this.patches.map(({vote}) => vote && vote.candidates.length > 1 ? Math.max(...vote.candidates.map((each) => each.votes)) : 0);
+    return most.indexOf(Math.max(...most));
+  }
+
+  key(event) {
+    const last = this.patches.length - 1;
+    const now = this.chosen === undefined ? -1 : this.chosen;
+    const where = {ArrowRight: now + 1, ArrowDown: now + 1, ArrowLeft: now - 1, ArrowUp: now - 1, Home: 0, End: last}[event.key];
+    if (where === undefined || last < 0) return;
+    event.preventDefault();
+    this.choose(Math.max(0, Math.min(last, where)));
+  }
+
+  choose(index) {
+    for (const pane of panes) {
+      if (pane.chosen !== undefined) pane.patches[pane.chosen].node.setAttribute("aria-selected", "false");
+      if (pane !== this) { pane.chosen = undefined; pane.list.removeAttribute("aria-activedescendant"); }
+    }
+    this.chosen = index;
+    const patch = this.patches[index];
+    patch.node.setAttribute("aria-selected", "true");
+    this.list.setAttribute("aria-activedescendant", patch.node.id);
+    explain(this.card, patch, index);
+  }
+}
+
+const quoted = (text) => JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll("\\\\", "\\") || "(nothing)";
+const percent = (share) => share >= 0.0995 ? `${(100 * share).toFixed(0)} %` : `${(100 * share).toFixed(1)} %`;
+const colour = (index) => index >= 0 && index < COLOURS ? `var(--c${index})` : "var(--other)";
+
+// Six colours and three shapes; the shape says as much as the colour to a reader who does not see it.
+function mark(index, x, y, size) {
+  const fill = index >= COLOURS || index < 0 ? "none" : colour(index);
+  const look = {fill, stroke: colour(index), "stroke-width": 1.2, opacity: index === -2 ? 0.35 : 0.9};
+  if (index < 0 || index % 3 === 0) return make("circle", {cx: x, cy: y, r: size, ...look});
+  if (index % 3 === 1) return make("rect", {x: x - size, y: y - size, width: 2 * size, height: 2 * size, ...look});
+  return make("path", {d: `M${x} ${y - size * 1.2}L${x + size * 1.2} ${y + size}L${x - size * 1.2} ${y + size}Z`, ...look});
+}
+
+function explain(card, patch, index) {
+  $("detail").hidden = false;
+  $("detail-title").textContent = `Patch ${index + 1} of ${card.id}: ${quoted(patch.text)}`;
+  $("vote").replaceChildren();
+  $("pictures").replaceChildren();
+  const vote = patch.vote;
+  if (!vote) {
+    $("detail-words").textContent = card.nextvec.kind === "token_lm"
+      ? "A token model knows the probability of every token: it needs no candidates and no vote, and has no latent."
+      : "This patch came without its vote.";
+    return;
+  }
+  if (vote.draws === 1) {
+    $("detail-words").textContent = "At temperature 1 a patch is the model's first draw: there is no vote.";
+  } else {
+    const kinds = vote.candidates.length + vote.others.candidates;
+    const kept = vote.kept < vote.draws ? `, ${vote.kept} of them fit the end of the prompt` : "";
+    $("detail-words").textContent = `${vote.draws} draws${kept}: ${kinds} different ${kinds === 1 ? "patch" : "patches"}. `
+      + "The lower the temperature, the more a patch needs draws that agree on it.";
+    $("vote").append(voteTable(vote));
+  }
+  if (patch.latent) $("pictures").append(strip(patch.latent));
+  if (patch.points.length > 1) $("pictures").append(plot(patch, vote));
+}
+
+function voteTable(vote) {
+  const body = make("tbody");
+  vote.candidates.forEach((each, index) => {
+    const key = make("svg", {class: "mark", viewBox: "0 0 10 10", "aria-hidden": "true"}, mark(index, 5, 5, 3.4));
+    body.append(make("tr", each.chosen ? {class: "chosen"} : {}, make("th", {scope: "row"}, key, quoted(each.text)),
+      make("td", {}, String(each.votes)), make("td", {}, percent(each.probability)), make("td", {}, each.chosen ? "✓ chosen" : "")));
+  });
+  const others = vote.others;
+  if (others.candidates) {
+    body.append(make("tr", {class: "others"}, make("th", {scope: "row"}, `${others.candidates} others`),
+      make("td", {}, String(others.votes)), make("td", {}, percent(others.probability)), make("td", {})));
+  }
+  const head = ["Candidate", "Votes", "Chance", ""].map((text) => make("th", {scope: "col"}, text));
+  return make("table", {}, make("caption", {}, "Votes: draws that decode to the patch. Chance: of being chosen at this temperature."),
+    make("thead", {}, make("tr", {}, ...head)), body);
+}
+
+function strip(latent) {
+  const largest = Math.max(...latent.map(Math.abs), 1e-9);
+  const svg = make("svg", {class: "strip", viewBox: `0 0 ${latent.length} 12`, preserveAspectRatio: "none", role: "img", height: "44",
+    "aria-label": `Latent of the chosen draw: ${latent.length} numbers, the largest in size ${largest.toFixed(2)}`});
+  latent.forEach((value, index) => {
+    const cell = make("rect", {x: index, y: 0, width: 1.02, height: 12});
+    cell.style.fill = `rgba(var(${value < 0 ? "--minus" : "--plus"}), ${Math.abs(value) / largest})`;
+    cell.append(make("title", {}, `${index}: ${value}`));
+    svg.append(cell);
+  });
+  svg.style.height = "2.75rem";
+  return make("figure", {}, make("h3", {}, "The latent"), svg,
+    make("figcaption", {}, `The ${latent.length} numbers that were decoded: orange below zero, blue above, strongest at ±${largest.toFixed(1)}.`));
+}
+
+function plot(patch, vote) {
+  const size = 300, edge = 14;
+  const reach = Math.max(...patch.points.flatMap(([x, y]) => [Math.abs(x), Math.abs(y)]), 1e-9);
+  const place = (value) => size / 2 + value / reach * (size / 2 - edge);
+  const svg = make("svg", {class: "plot", viewBox: `0 0 ${size} ${size}`, role: "img",
+    "aria-label": `${patch.points.length} draws as points; draws of one candidate share its mark in the table`});
+  const shown = patch.points.map(([x, y, index]) => [index, place(x), size - place(y)]);
+  shown.sort((a, b) => b[0] < 0 ? 1 : a[0] < 0 ? -1 : b[0] - a[0]);
+  for (const [index, x, y] of shown) {
+    const point = mark(index, x, y, 3.4);
+    if (index >= 0) point.append(make("title", {}, quoted(vote.candidates[index].text)));
+    svg.append(point);
+    if (index >= 0 && vote.candidates[index].chosen) svg.append(make("circle", {cx: x, cy: y, r: 7, fill: "none", stroke: "var(--ink)", "stroke-width": 1.6}));
+  }
+  return make("figure", {}, make("h3", {}, "The draws"), svg, make("figcaption", {},
+    `Every draw's latent, projected to the plane that keeps most of their variance (${percent(patch.share)}). Marks as in the table; ringed: chosen; grey: other patches.`));
+}
+
+// Events of a stream, as they come.
+async function* eventsOf(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    held += value;
+    const parts = held.split("\n\n");
+    held = parts.pop();
+    for (const part of parts) if (part.startsWith("data: ") && part !== "data: [DONE]") yield JSON.parse(part.slice(6));
+  }
+}
+
+async function write(pane, asked, signal) {
+  pane.began = performance.now();
+  const answer = await fetch("nextvec/patches", {method: "POST", headers: headers(), body: JSON.stringify(asked), signal});
+  if (!answer.ok) throw new Error(await sentence(answer));
+  let whole = false;
+  for await (const event of eventsOf(answer)) {
+    if (event.error) throw new Error(event.error.message);
+    if (event.usage) whole = true;
+    else pane.add(event);
+  }
+  if (!whole) throw new Error("The connection ended before the text did.");
+}
+
+async function run(event) {
+  event.preventDefault();
+  complain("");
+  if (!models.length) await loadModels();
+  if (!models.length) return;
+  const asked = {prompt: $("prompt").value.replaceAll("\r\n", "\n"), temperature: Number($("temperature").value),
+    candidates: Number($("candidates").value), max_tokens: Number($("length").value), seed: Number($("seed").value)};
+  const names = [...new Set([$("model").value, $("beside").value].filter(Boolean))];
+  panes = names.map((name) => new Pane(models.find((each) => each.id === name), asked.prompt));
+  $("texts").replaceChildren(...panes.map((pane) => pane.node));
+  $("detail").hidden = true;
+  stopping = new AbortController();
+  $("write").disabled = true;
+  $("stop").disabled = false;
+  try {
+    for (const pane of panes) { // one after the other: side by side each would slow the other
+      say(`${pane.card.id} writes …`);
+      await write(pane, {...asked, model: pane.card.id}, stopping.signal);
+    }
+    say("Done. Choose a patch to see how it was chosen: click it, or walk through the text with the arrow keys.");
+  } catch (error) {
+    if (error.name === "AbortError") say("Stopped.");
+    else { say(""); complain(error instanceof TypeError ? "The server cannot be reached." : error.message); }
+  }
+  $("write").disabled = false;
+  $("stop").disabled = true;
+  const first = panes.find((pane) => pane.patches.length);
+  if (first && panes.every((pane) => pane.chosen === undefined)) first.choose(first.telling());
+}
+
+$("form").addEventListener("submit", run);
+$("stop").addEventListener("click", () => stopping && stopping.abort());
+$("temperature").addEventListener("input", () => { $("warmth").textContent = $("temperature").value; });
+$("boundaries").addEventListener("change", () => $("texts").classList.toggle("bounded", $("boundaries").checked));
+$("key").addEventListener("change", loadModels);
+loadModels();

@@ -1,0 +1,202 @@
+"""What clients may ask, as the OpenAI API names it, and what they get. Unknown fields are refused, never ignored.
+
+Each field of OpenAI's that cannot exist here is accepted with the value that asks for nothing, and refused with the reason
+otherwise (`refuse_impossible`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nextvec.sampling.settings import Sampling
+from nextvec.serve.errors import ApiError
+
+Ids = list[Annotated[int, Field(ge=0)]]
+MAX_TOKENS = 16  # of a completion that does not say it, as OpenAI's
+NOTHING: dict[str, tuple[tuple[Any, ...], str]] = {  # values that ask for nothing, and why others cannot be had
+    "best_of": ((1,), "texts have no likelihood to be ranked by: ask for n texts and choose"),
+    "frequency_penalty": ((0,), "it changes the likelihoods of tokens, and patches are drawn whole"),
+    "presence_penalty": ((0,), "it changes the likelihoods of tokens, and patches are drawn whole"),
+    "logit_bias": (({},), "it changes the likelihoods of tokens, and patches are drawn whole"),
+    "logprobs": ((False,), "a patch that is drawn as a vector has no likelihood"),
+    "top_logprobs": ((), "a patch that is drawn as a vector has no likelihood"),
+    "suffix": (("",), "the models read text from left to right"),
+    "tools": (([],), "the models were not trained to call tools"),
+    "tool_choice": (("none", "auto"), "the models were not trained to call tools"),
+    "response_format": (({"type": "text"},), "text is drawn freely"),
+}
+
+
+class Asked(BaseModel):
+    """No unknown field, and no value of another JSON type than the field's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Asked):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # OpenAI's padding of chunks; there is none here
+
+
+class Drawing(Asked):
+    """What completions and chats have in common. Ours beyond OpenAI's: candidates, top_k, sampler."""
+
+    model: str = Field(description="One of the ids of /v1/models")
+    temperature: float | None = Field(default=None, description="In (0, 1]; 1 is the model's own law. Default 0.5")
+    candidates: int | None = Field(
+        default=None, ge=1, description="Draws in the pool of each patch; CALM below temperature 1. 200"
+    )
+    sampler: Literal["batch"] | None = Field(default=None, description="How temperature is reached without likelihoods")
+    top_p: float | None = Field(default=None, description="Token baseline alone: a CALM has no likelihoods of tokens")
+    top_k: int | None = Field(default=None, ge=1, description="Token baseline alone")
+    max_tokens: int | None = Field(default=None, ge=1, description="New tokens at most")
+    n: int | None = Field(default=None, ge=1, description="Texts per prompt")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="The same seed gives the same text")
+    stop: str | list[str] | None = Field(default=None, description="A text ends before the first of these, at most 16")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+
+class CompletionRequest(Drawing):
+    prompt: str | list[str] | Ids | list[Ids] = Field(description="Text, token ids, or several of either")
+    echo: bool | None = None
+    best_of: int | None = None
+    logprobs: int | bool | None = None
+    suffix: str | None = None
+
+
+class TextPart(Asked):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Asked):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Drawing):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="OpenAI's newer name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: Any = None
+
+
+class PatchRequest(Asked):
+    """Of the page's own endpoint: one text, each patch with the vote that chose it."""
+
+    model: str
+    prompt: str = ""
+    temperature: float = Sampling.temperature
+    candidates: int = Field(default=Sampling.candidates, ge=1)
+    max_tokens: int = Field(default=64, ge=1)
+    seed: int = Field(default=Sampling.seed, ge=-(2**63), lt=2**63)
+    detail: bool = True
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorBody
+
+
+class ModelTraits(BaseModel):
+    """What a client of ours wants to know: kind calm or token_lm; latent: dimensions, None for a token model."""
+
+    kind: str
+    patch_size: int
+    context_tokens: int
+    latent: int | None
+    chat: bool
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "nextvec"
+    nextvec: ModelTraits
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None = None
+
+
+class TextAnswer(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None = None
+
+
+class ChatAnswer(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class Health(BaseModel):
+    status: Literal["ok", "failed"]
+    models: dict[str, int]  # rows at work and waiting, by model
+
+
+def refuse_impossible(asked: Drawing) -> None:
+    """Raise ApiError (400) with the reason for a field that cannot be had here."""
+    for name, (nothing, why) in NOTHING.items():
+        value = getattr(asked, name, None)
+        if value is not None and not any(value == each and type(value) in (type(each), float) for each in nothing):
+            raise ApiError(400, f"{name} cannot be had: {why}", param=name, code="unsupported_parameter")
+    if asked.stream_options is not None and not asked.stream:
+        raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
