@@ -182,7 +182,7 @@ def plain_sampling_places(work: PlainGeneration) -> list[Place]:
         (model.compressor, "forward", BACKBONE),
         (plain_generation, "cached_states", BACKBONE),
         (model, "draw_latents", HEAD),
-        (plain_generation, "all_logits", VOCABULARY),
+        (plain_generation, "decode_all", VOCABULARY),
         (model.autoencoder, "decode_hidden", AUTOENCODER),
         (plain_generation, "choose", TEMPERATURE),
     ]

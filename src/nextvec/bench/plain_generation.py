@@ -57,7 +57,7 @@ def plain_text(
         state_D = cached_states(model.backbone, model.compressor(ids_BPK), cache)[0, -1]
         noise_NR = head_noise((candidates if power > 1 else 1, model.noise), state_D, generator)
         latent_NL = model.draw_latents(state_D, noise_NR)
-        pool = all_logits(model.autoencoder, latent_NL).argmax(-1).tolist()
+        pool = decode_all(model.autoencoder, latent_NL).tolist()
         patch = choose([tuple(ids) for ids in pool], power, generator)
         for token in patch:
             if token == eos_id:
@@ -66,6 +66,11 @@ def plain_text(
             if len(text) == max_tokens:
                 return text
         ids_BPK = torch.tensor([[patch]], device=device)
+
+
+def decode_all(decoder: Autoencoder, latent_NL: Tensor) -> Tensor:
+    """The likeliest token at each place, (N, K), from all logits at once."""
+    return all_logits(decoder, latent_NL).argmax(-1)
 
 
 def all_logits(decoder: Autoencoder, latent_NL: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,34 @@ def has_bf16_products() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+@functools.cache
+def has_integer_products() -> bool:
+    """True where products of 8-bit integers have instructions of their own (VNNI), and this torch gives exact sums by them."""
+    if not torch.cpu._is_vnni_supported() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    steps = torch.tensor([[127, -127, 3], [127, 127, 127]] * 8, dtype=torch.int8).repeat(1, 16)
+    try:
+        found = integer_product(steps, torch.ones(len(steps)))(steps.float()).float()
+    except RuntimeError:
+        return False
+    return torch.equal(found, (steps.float() @ steps.float().T).bfloat16().float())
+
+
+def integer_product(steps_OI: Tensor, scale_O: Tensor) -> Callable[[Tensor], Tensor]:
+    """q -> scale * (q . steps) in bf16 for whole numbers q of at most 127, (N, I) -> (N, O); the sum is exact."""
+    packed = torch.ops.onednn.qlinear_prepack(steps_OI, None)
+    zero = torch.zeros(len(steps_OI), dtype=torch.int32)
+
+    def product(q_NI: Tensor) -> Tensor:
+        shifted = (q_NI + 128).to(torch.uint8)
+        found: Tensor = torch.ops.onednn.qlinear_pointwise(
+            shifted, 1.0, 128, packed, scale_O, zero, None, 1.0, 0, torch.bfloat16, "none", [], ""
+        )
+        return found
+
+    return product
+
+
 def pack(weight: Tensor) -> Tensor:
     """The matrix (out, in) rearranged; opaque, to be given to `packed_linear`."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
@@ -79,9 +108,11 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
     return y
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+def _operations(x: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
+    """Operations of a packed product, a multiply-add counted as 2, for torch's counter."""
+    return 2 * math.prod(x) * int(out_shape[-1])
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _operations(x: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
-        """Operations of a packed product, a multiply-add counted as 2, for torch's counter."""
-        return 2 * math.prod(x) * int(out_shape[-1])
+
+for _library, _name in ((torch.ops.mkldnn, "_linear_pointwise"), (torch.ops.onednn, "qlinear_pointwise")):
+    if hasattr(_library, _name):
+        register_flop_formula(getattr(_library, _name))(_operations)

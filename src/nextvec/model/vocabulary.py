@@ -5,13 +5,12 @@ tokens whose bound reaches a logit that is known can win: a few per row, which a
 cannot separate them either, in float64. The answer is that of float64 logits of the same hidden states, ties to the lowest id.
 Where a matrix is small, or a processor has no bf16 products, all logits are computed, in float32 or wider.
 
-The bound. Turn both sides by an orthogonal matrix whose first R axes hold most of W (its leading right singular vectors), and
-split x = (a, b), w = (c, d) there. By Cauchy-Schwarz  w . x <= c . a + |d| |b| = (c, |d|) . (a, |b|),  one product of R + 1
-columns instead of D. It is computed in bf16, where with a', c' for rounded a, c and u = 2^-8 for the rounding of the result
+The bound. In units of a row's scale s, x = s (q + r) with q the nearest whole numbers, of at most 127; each token w = t p + e
+likewise. By Cauchy-Schwarz  w . x / s <= t (p . q) + |e| |q| + |w| |r|,  one product of 8-bit integers, whose sum is exact, at
+twice the speed of a bf16 product. Where a processor has no such instructions it is the bf16 product of rounded x' and w', and
+|w . x - w' . x'| <= |w - w'| |x'| + |w| |x - x'| + accumulation. Results are rounded to bf16, u = 2^-8.
 
-    |c . a - bf16(c' . a')| <= |c - c'| |a'| + |c| |a - a'| + u |result| + accumulation.
-
-Legend: N rows, D width, V vocabulary, R leading axes, C classes of tokens with equal id modulo C, G tokens in a class, M pairs
+Legend: N rows, D width, V vocabulary, C classes of tokens with equal id modulo C, G tokens in a class, M pairs
 of a row and a token.
 """
 
@@ -23,13 +22,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nextvec.model.packed import can_pack, has_bf16_products, pack, packed_linear
+from nextvec.model.packed import can_pack, has_bf16_products, has_integer_products, integer_product, pack, packed_linear
 
 CHUNK_ELEMENTS = 1 << 21  # bounds in memory at once: 4 MiB in bf16, which a processor's cache holds
 WORTH = {torch.bfloat16: 1 << 18, torch.float32: 1 << 20}  # elements of a matrix from which bounds pay, by its dtype
-TURN_WORTH = 1 << 20  # elements from which leaving columns out pays
-MOST_PAIRS = 64  # pairs per row: a matrix without leading axes shows itself by more, and is then used whole
 CLASS = 64  # tokens of a class: the largest bound of each is looked at, and single ones only in classes that matter
+MOST = 127  # of an 8-bit integer
 UNIT = 2.0**-8  # rounding of bf16, relative
 TINY = 2.0**-24  # of float32
 LogitOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states (N, D), rows and tokens of M pairs -> their logits
@@ -50,9 +48,7 @@ class Vocabulary:
             self._wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).T
             return
         self._norm = float(self.weight.float().norm(dim=1).max())
-        self._bounds: list[_Bound] = [_Bound(self.weight, None)]
-        if size * width >= TURN_WORTH:
-            self._bounds.append(_Bound(self.weight, width // 2))
+        self._bound = _Bound(self.weight)
 
     def argmax(self, x_ND: Tensor) -> Tensor:
         """The token (N,) with the largest logit for hidden states (N, D)."""
@@ -69,9 +65,7 @@ class Vocabulary:
         size = self.weight.shape[0]
         wide_ND = x_ND.float()
         norm_N = wide_ND.norm(dim=1)
-        row_M, token_M = self._bounds[-1].pairs(x_ND, norm_N, self._logit)
-        if len(self._bounds) > 1 and len(row_M) > MOST_PAIRS * len(x_ND):
-            self._bounds.pop()
+        row_M, token_M = self._bound.pairs(x_ND, norm_N, self._logit)
         margin_N = 8 * x_ND.shape[1] * TINY * self._norm * norm_N
         for dtype, margin in ((torch.float32, margin_N), (torch.float64, None)):
             if len(row_M) == len(x_ND):
@@ -87,50 +81,51 @@ class Vocabulary:
 
 
 class _Bound:
-    """Upper bounds of all logits from `axes` leading axes and the norm of the rest; from all of D where `axes` is None."""
+    """Upper bounds of all logits by one product of low precision."""
 
-    def __init__(self, weight_VD: Tensor, axes: int | None) -> None:
+    def __init__(self, weight_VD: Tensor) -> None:
         wide = weight_VD.float()
-        size, width = wide.shape
-        self._axes, self._size, self._classes = axes, size, -(-size // CLASS)
-        self._turn: Tensor | None = None
-        if axes is not None:
-            self._turn = torch.linalg.eigh(wide.double().T @ wide.double()).eigenvectors.flip(1).float()
-            turned = wide @ self._turn
-            rest = turned[:, axes:].norm(dim=1, keepdim=True) * (1 + 2 * UNIT)  # rounds to more than it is
-            wide = torch.cat((turned[:, :axes], rest), dim=1)
-        rounded = wide.bfloat16()
-        self._norm = float(wide.norm(dim=1).max())
-        self._error = float((wide - rounded.float())[:, :axes].norm(dim=1).max())
-        self._accumulation = 8 * width * TINY
+        self._size, self._classes = len(wide), -(-len(wide) // CLASS)
         # Rows beyond V repeat the first one, so they tie with it.
-        padding = self._classes * CLASS - size
-        full = torch.cat((rounded, rounded[:1].expand(padding, -1))).contiguous()
-        self._product = pack(full) if can_pack() else full
+        wide = torch.cat((wide, wide[:1].expand(self._classes * CLASS - self._size, -1)))
+        self._norm = float(wide.norm(dim=1).max())
+        self._accumulation = 8 * wide.shape[1] * TINY
+        self._integers = has_integer_products()
+        if self._integers:
+            scale_V1 = (wide.abs().amax(1, keepdim=True) / MOST).clamp(min=1e-30)
+            steps = (wide / scale_V1).round()
+            self._error = float((wide - scale_V1 * steps).norm(dim=1).max())
+            self._product: Callable[[Tensor], Tensor] = integer_product(steps.to(torch.int8), scale_V1[:, 0])
+        else:
+            rounded = wide.bfloat16()
+            self._error = float((wide - rounded.float()).norm(dim=1).max())
+            packed = pack(rounded) if can_pack() else rounded
+            self._product = lambda x: packed_linear(x, packed) if can_pack() else x @ packed.T
 
     def pairs(self, x_ND: Tensor, norm_N: Tensor, logit: LogitOf) -> tuple[Tensor, Tensor]:
         """The pairs (row, token) that can have their row's largest logit, rows in order, at least one each."""
-        sides = x_ND.float()
-        if self._turn is not None:
-            turned = sides @ self._turn
-            rest = turned[:, self._axes :].norm(dim=1, keepdim=True) * (1 + 2 * UNIT)
-            sides = torch.cat((turned[:, : self._axes], rest), dim=1)
-        rounded = sides.bfloat16()
-        bound_NV = packed_linear(rounded, self._product) if can_pack() else rounded @ self._product.T
+        wide = x_ND.float()
+        if self._integers:
+            scale_N1 = (wide.abs().amax(1, keepdim=True) / MOST).clamp(min=1e-30)
+            near = (wide / scale_N1).round()
+            bound_NV = self._product(near)
+            near = scale_N1 * near
+            scale_N = scale_N1[:, 0]
+        else:
+            rounded = x_ND.bfloat16()
+            bound_NV, near = self._product(rounded), rounded.float()
+            scale_N = torch.ones(())
         # Token v is in class v mod C, so that the largest of a class is a maximum over vectors, not within one.
         bound_NGC = bound_NV.unflatten(1, (CLASS, self._classes))
         top_NC = bound_NGC.amax(1).float()
         best_N, class_N = top_NC.max(1)
-        slack_N = self._error * norm_N * (1 + UNIT) + self._accumulation * self._norm * norm_N
-        if self._turn is not None or x_ND.dtype != torch.bfloat16:
-            slack_N += self._norm * (sides - rounded)[:, : self._axes].norm(dim=1)
-        if self._turn is None:
-            known_N = best_N - slack_N - UNIT * best_N.abs()  # a bound without a rest is near its logit on both sides
-        else:
-            every = torch.arange(len(x_ND))
-            place_N = bound_NGC[every, :, class_N].float().argmax(1)
-            token_N = (place_N * self._classes + class_N).clamp_(max=self._size - 1)
-            known_N = logit(x_ND, every, token_N) - self._accumulation * self._norm * norm_N
+        every = torch.arange(len(x_ND))
+        place_N = bound_NGC[every, :, class_N].float().argmax(1)
+        token_N = (place_N * self._classes + class_N).clamp_(max=self._size - 1)
+        known_N = logit(x_ND, every, token_N) - self._accumulation * self._norm * norm_N
+        slack_N = self._error * near.norm(dim=1) + self._norm * (wide - near).norm(dim=1)
+        slack_N = (1 + UNIT) * slack_N + self._accumulation * self._norm * norm_N
+        known_N, slack_N = known_N / scale_N, slack_N / scale_N
         slack_N += 1.05 * UNIT * torch.maximum(best_N.abs(), known_N.abs())  # bounds that matter lie between the two
         floor_N = known_N - slack_N
         row_M, class_M = (top_NC >= floor_N[:, None]).nonzero(as_tuple=True)
