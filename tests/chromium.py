@@ -9,12 +9,20 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 FOUND = shutil.which("chromium")
+AT_3_AND_4 = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for end, place in zip(ends, (3, 4)):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""  # chromium reads from 3 and writes to 4
 SECONDS = 60.0  # for any one thing, on a busy machine
 
 
@@ -124,10 +132,10 @@ def tab(profile: Path) -> Iterator[Tab]:
         *("--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"),
         f"--user-data-dir={profile}",
     ]
-    # chromium reads from 3 and writes to 4
-    shell = ["sh", "-c", f'exec "$@" 3<&{to_child} 4>&{from_child}', "sh", *words]
+    ends = [str(to_child), str(from_child)]
+    words = [sys.executable, "-c", AT_3_AND_4, *ends, *words]
     with open(profile.parent / "chromium.log", "wb") as log:
-        child = subprocess.Popen(shell, pass_fds=(to_child, from_child), stdout=log, stderr=log)
+        child = subprocess.Popen(words, pass_fds=(to_child, from_child), stdout=log, stderr=log)
     os.close(to_child)
     os.close(from_child)
     try:

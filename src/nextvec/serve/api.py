@@ -28,7 +28,8 @@ from nextvec.serve.page import page
 from nextvec.serve.reply import Reply
 from nextvec.serve.settings import ServeSettings
 
-STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # one of a stream
+STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 
 
 def build_app(models: Mapping[str, Served], settings: ServeSettings, metrics: Metrics) -> ASGIApp:

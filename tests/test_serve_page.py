@@ -1,0 +1,175 @@
+"""The page in a real browser: typing, streaming, stopping, choosing a patch by mouse and keyboard, errors, three looks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chromium import FOUND, Tab, tab
+from nextvec.sampling.generate import generate_texts
+from nextvec.sampling.settings import Sampling
+from serving import Running, running
+
+if FOUND is None:
+    pytest.skip("chromium is not on PATH; the page's contract is tested in test_serve.py", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with tab(tmp_path_factory.mktemp("chromium") / "profile") as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as one:
+        yield one
+
+
+def opened(browser: Tab, server: Running) -> Tab:
+    browser.complaints.clear()
+    browser.requested.clear()
+    browser.look()
+    browser.open(f"{server.url}/")
+    browser.wait("document.querySelector('#model').options.length === 2")
+    return browser
+
+
+def test_text_streams_and_a_patch_tells_its_vote(browser: Tab, server: Running) -> None:
+    page = opened(browser, server)
+    page.type("#prompt", "The quick brown fox ")
+    page.type("#candidates", "60")
+    page.type("#length", "40")
+    page.type("#seed", "3")
+    page.click("#write")
+    page.wait("document.querySelector('#status').textContent.startsWith('Done')")
+    settings = Sampling(0.5, 60, 40, 3)
+    for index, name in enumerate(("calm", "baseline")):
+        text = generate_texts(server.models[name].model, ["The quick brown fox "], settings)[0]
+        assert page.run(f"panes[{index}].patches.map((patch) => patch.text).join('')") == text
+        figures = page.run(f"[...panes[{index}].node.querySelectorAll('dd')].map((cell) => cell.textContent)")
+        assert all(re.search(r"\d", figure) for figure in figures)
+        assert figures[3] == ("40 in 20" if name == "calm" else "40 in 40")
+    assert not page.run("document.querySelector('#detail').hidden")
+    page.run("panes[0].list.focus()")
+    page.press("Home", 36)
+    page.press("ArrowRight", 39)
+    assert page.run("panes[0].chosen") == 1
+    assert page.run("document.querySelector('#detail-title').textContent").startswith("Patch 2 of calm")
+    assert page.run("panes[0].list.getAttribute('aria-activedescendant')") == "calm-1"
+    votes = page.run(
+        "[...document.querySelectorAll('#vote tbody td:nth-child(2)')].map((cell) => Number(cell.textContent))"
+    )
+    assert sum(votes) == 60
+    assert page.run("document.querySelectorAll('#vote tr.chosen').length") == 1
+    assert page.run("document.querySelectorAll('.strip rect').length") == 8
+    assert page.run("document.querySelectorAll('.plot > *').length") > 60  # and a ring around those chosen
+    page.click("#baseline-2")
+    assert "needs no candidates" in page.run("document.querySelector('#detail-words').textContent")
+    assert page.run("document.querySelectorAll('[aria-selected=true]').length") == 1
+    page.click("#boundaries")
+    edge = "getComputedStyle(document.querySelector('#calm-3')).boxShadow"
+    assert page.run(edge) != "none"
+    page.click("#boundaries")
+    assert page.run(edge) == "none"
+    assert page.complaints == []
+    assert all(url.startswith((server.url, "data:")) for url in page.requested), page.requested
+
+
+def test_stop_ends_the_text_and_frees_its_slot(browser: Tab, server: Running) -> None:
+    page = opened(browser, server)
+    page.type("#length", "200")
+    page.run("document.querySelector('#model').value = 'baseline'; document.querySelector('#beside').value = ''")
+    worker, step = server.models["baseline"].worker, server.models["baseline"].worker._engine.step
+
+    def slow_step() -> list[object]:
+        import time
+
+        time.sleep(0.03)
+        return list(step())
+
+    worker._engine.step = slow_step  # type: ignore[method-assign, assignment]
+    try:
+        page.click("#write")
+        page.wait("panes.length && panes[0].patches.length > 3")
+        assert page.run("document.querySelector('#write').disabled")
+        page.click("#stop")
+        page.wait("document.querySelector('#status').textContent === 'Stopped.'")
+        server.wait_idle()
+    finally:
+        worker._engine.step = step  # type: ignore[method-assign]
+    assert page.run("panes[0].patches.length") < 200
+    assert not page.run("document.querySelector('#write').disabled")
+    assert page.run("document.querySelector('#stop').disabled")
+
+
+def test_errors_are_told_in_a_sentence(browser: Tab, server: Running) -> None:
+    page = opened(browser, server)
+    for field, value, told in (
+        ("#length", "1000", "shorten the prompt or lower max_tokens"),
+        ("#candidates", "1", "temperature 0.5 needs at least 2 candidates"),
+    ):
+        before = page.run(f"document.querySelector('{field}').value")
+        page.type(field, value)
+        page.click("#write")
+        page.wait("!document.querySelector('#error').hidden")
+        assert told in page.run("document.querySelector('#error').textContent")
+        assert page.run("document.querySelector('#error').getAttribute('role')") == "alert"
+        page.type(field, before)
+    page.click("#write")
+    page.wait("document.querySelector('#status').textContent.startsWith('Done')")
+    assert page.run("document.querySelector('#error').hidden")
+    page.run(
+        "models[0].id = models[1].id = 'gone'; document.querySelectorAll('option').forEach((o) => { o.value = 'gone' })"
+    )
+    page.click("#write")
+    page.wait("document.querySelector('#error').textContent.includes('there is no model')")
+    with running() as short:
+        opened(browser, short)
+    page.click("#write")
+    page.wait("document.querySelector('#error').textContent === 'The server cannot be reached.'")
+
+
+def test_a_key_is_asked_for_and_used(browser: Tab) -> None:
+    with running(api_key="secret") as server:
+        browser.open(f"{server.url}/")
+        browser.wait("document.querySelector('#error').textContent.includes('API key is missing or wrong')")
+        assert not browser.run("document.querySelector('#key-field').hidden")
+        browser.type("#key", "secret")
+        browser.press("Tab", 9)
+        browser.wait("document.querySelector('#model').options.length === 2")
+        browser.click("#write")
+        browser.wait("document.querySelector('#status').textContent.startsWith('Done')")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1180, False), (1180, True), (390, False)], ids=["light", "dark", "phone"])
+def test_it_fits_and_can_be_read(browser: Tab, server: Running, width: int, dark: bool, tmp_path: Path) -> None:
+    page = opened(browser, server)
+    page.look(width, 900, dark)
+    page.click("#write")
+    page.wait("document.querySelector('#status').textContent.startsWith('Done')")
+    assert page.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out sideways"
+    contrast = """((text, ground) => {
+        const light = (css) => { const c = css.match(/\\d+/g).slice(0, 3).map((v) => { v /= 255;
+            return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+            return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]; };
+        const [a, b] = [light(text), light(ground)].sort((x, y) => y - x);
+        return (a + 0.05) / (b + 0.05); })"""
+    for what, ground in (
+        ("body", "body"),
+        (".text", "article"),
+        (".prompt", "article"),
+        ("label", "form"),
+        ("#write", "#write"),
+    ):
+        style = f"getComputedStyle(document.querySelector('{what}')).color"
+        under = f"getComputedStyle(document.querySelector('{ground}')).backgroundColor"
+        assert page.run(f"{contrast}({style}, {under})") >= 4.5, what
+    unnamed = """[...document.querySelectorAll('input, select, textarea, button')].filter((e) => !e.hidden
+        && !(e.labels && e.labels.length) && !e.textContent.trim()).map((e) => e.id)"""
+    assert page.run(unnamed) == []
+    page.photograph(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 20_000
