@@ -19,7 +19,7 @@ from nextvec.model.autoencoder import Autoencoder, Posterior
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
-from nextvec.model.heads.interface import Generators, Metrics
+from nextvec.model.heads.interface import Generators, Head, Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,7 +130,8 @@ class Calm(nn.Module):
     def loss(self, state_ND: Tensor, target_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """The head's mean loss of states (..., D) against the patches (..., K) that follow them, and detached figures."""
         target: Any = self.teacher(target_NK) if self.has_latents else target_NK
-        return self.head.loss(state_ND, target, generator)
+        head: Head = self.head
+        return head.loss(state_ND, target, generator)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode; the frozen autoencoder stays in evaluation mode."""
