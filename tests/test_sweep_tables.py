@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nextvec.cli import main
+from nextvec.errors import DataError
 from nextvec.evaluate.compare import compare
 from nextvec.report.sweep import markdown, write_page
 from nextvec.scoring.brier import BrierResult, Protocol, summarise
@@ -135,11 +136,12 @@ def test_a_race_is_run_to_the_best_final_loss_of_the_rows_named() -> None:
     slow = TableRow("slow", "lm", {0: result(1.0, [(10, 9.0), (20, 8.0)])})
     aim = TableRow("aim", "lm", {0: result(1.0, [(10, 9.0), (20, 7.0), (30, 6.0)])})
     fast = TableRow("fast", "lm", {0: result(1.0, [(10, 7.0), (20, 5.0), (30, 4.0)])})
-    sweep = sweep_of(slow, aim, fast, reach=["slow", "aim"])
+    sweep = sweep_of(slow, aim, fast, TableRow("later", "lm", {}), reach=["slow", "aim"])
     found = target(sweep, "lm")
     assert found is not None
     assert (found[0].name, found[1]) == ("aim", {0: 6.0})
     by_name = {race.row: race for race in races(sweep, "lm")}
+    assert list(by_name) == ["slow", "aim", "fast"]
     assert by_name["slow"].reached == 0
     assert by_name["slow"].steps == Figure(None)
     assert by_name["aim"].steps == Figure(30.0)
@@ -161,6 +163,11 @@ def test_losses_stand_side_by_side_only_where_they_compare() -> None:
     steep.results[0]["identity"]["lm"]["energy"] = {"alpha": 1.5}
     assert not losses_compare([first, steep])
     assert "held-out loss" not in markdown(sweep_of(first, steep))
+    encoders = [
+        TableRow(name, "autoencoder", {0: result(4.0, stage="autoencoder", latent=size)})
+        for name, size in (("x", 8), ("y", 9))
+    ]
+    assert losses_compare(encoders)
 
 
 def test_the_markdown_and_the_page_show_the_table(tmp_path: Path) -> None:
@@ -206,3 +213,8 @@ def test_report_reads_a_folder_and_names_what_it_expects(
     assert not stop.value.code
     assert "| a | 4.00" in capsys.readouterr().out
     assert (tmp_path / "report.html").is_file()
+    (folder / "result.json").write_text('{"stage": "lm"}')
+    with pytest.raises(
+        DataError, match=r"result.json is damaged: it has no failed; move it away, and `nextvec sweep` makes"
+    ):
+        read_sweep_results(tmp_path)

@@ -24,6 +24,11 @@ from nextvec.sweep.folder import RESULT, SWEEP, read_sweep
 NAMES = (*(f"Brier-{order}" for order in (1, 2, 3, 4)), "BrierLM")
 Basis = Literal["seeds", "documents", "none"]  # what an error is over
 Result = Mapping[str, Any]
+OPTIONAL: dict[str, Any] = {"about": "", "paper": {}, "ranking": [], "reach": []}  # keys of a spec
+NEEDED = (  # of a result
+    "stage", "failed", "brier", "autoencoder", "held_out", "identity", "tokens", "seconds", "cpu_seconds", "machine",
+    "command", "nextvec",
+)  # fmt: skip
 RESAMPLES = 2000  # of the bootstrap with one seed
 
 
@@ -75,16 +80,25 @@ def read_sweep_results(path: Path) -> Sweep:
     path = Path(path)
     if not (path / SWEEP).is_file():
         raise DataError(f"{path} is no sweep: it has no {SWEEP}; report takes the folders that `nextvec sweep` wrote")
-    record = read_sweep(path)
+    record = _whole(read_sweep(path), path / SWEEP, ("spec", "rows"))
+    spec = OPTIONAL | _whole(record["spec"], path / SWEEP, ("name", "seeds", "data"))
     rows = []
     for row in record["rows"]:
         found = {}
-        for seed in record["spec"]["seeds"]:
+        for seed in spec["seeds"]:
             file = path / "rows" / row["stage"] / row["folder"] / f"seed-{seed}" / RESULT
             if file.is_file():
-                found[seed] = read_json(file, "result")
+                found[seed] = _whole(read_json(file, "result"), file, NEEDED)
         rows.append(TableRow(row["name"], row["stage"], found))
-    return Sweep(path, record["spec"], tuple(rows))
+    return Sweep(path, spec, tuple(rows))
+
+
+def _whole(record: Any, file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Raises DataError where a file lacks what every one of its kind has."""
+    for key in keys:
+        if not isinstance(record, dict) or key not in record:
+            raise DataError(f"{file} is damaged: it has no {key}; move it away, and `nextvec sweep` makes it again")
+    return dict(record)
 
 
 def mean(values: Sequence[float]) -> Figure:
@@ -131,9 +145,11 @@ def loss_key(result: Result) -> str:
 
 
 def encoder(row: TableRow) -> str:
-    """The settings of the autoencoder that a row stands on, its seed aside; empty where there is none."""
-    found = next((result["identity"]["autoencoder"] for result in row.results.values()), None)
-    return "" if found is None else str({**found, "train": {**found["train"], "seed": None}})
+    """The settings of the autoencoder that a CALM stands on, its seed aside; empty for other rows."""
+    if row.stage != "lm" or not row.results:
+        return ""
+    found = next(iter(row.results.values()))["identity"]["autoencoder"]
+    return str({**found, "train": {**found["train"], "seed": None}})
 
 
 def losses_compare(rows: Sequence[TableRow]) -> bool:
@@ -234,12 +250,12 @@ def target(sweep: Sweep, stage: str) -> tuple[TableRow, dict[int, float]] | None
 
 
 def races(sweep: Sweep, stage: str) -> list[Race]:
-    """Every row of a stage against the stage's target; seeds are compared with their own."""
+    """Every row of a stage that has results against the stage's target; seeds are compared with their own."""
     aim = target(sweep, stage)
     if aim is None:
         return []
     found = []
-    for row in sweep.of(stage):
+    for row in [row for row in sweep.of(stage) if row.results]:
         marks = [first_at(row.results[seed], loss) for seed, loss in aim[1].items() if seed in row.results]
         hits = [mark for mark in marks if mark is not None]
         all_of = hits if len(hits) == len(marks) else []
