@@ -174,7 +174,7 @@ class DataSettings(Config):
     path: str  # shard directory written by `nextvec prepare`
     packing: Literal["aligned", "packed"] | None = None  # None: as the manifest says
     context_tokens: Positive = 1024  # context length in tokens, a multiple of K
-    rows: Positive = 4  # windows per step and process
+    rows: Positive = 4  # windows per batch; a step has train.accumulate batches, however many processes share them
     latents: bool = False  # training reads the teacher that `nextvec prepare --latents` stored, instead of encoding
 
 
@@ -199,10 +199,11 @@ class TrainSettings(Config):
 
     init_std: Annotated[float, Field(gt=0)] | None = None  # of fresh matrices; None: 0.8 / sqrt(width) [D]; 0.02 [C]
     steps: Positive = 1000  # optimiser steps
-    accumulate: Positive = 1  # batches per optimiser step
+    accumulate: Positive = 1  # batches per optimiser step, dealt out among the processes
     seed: Seed = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where measured faster
     compile: bool = False  # torch.compile of the repeated blocks
+    activation_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, more time
     log_every: Positive = 10  # steps
     eval_every: Count = 0  # steps; 0: only at the end
     save_every: Count = 0  # steps; 0: by the clock alone, at the end and on Ctrl-C

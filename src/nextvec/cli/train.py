@@ -109,8 +109,11 @@ def _train(
     from nextvec.train.objectives import build_objective
     from nextvec.train.progress import duration, terms
     from nextvec.train.settings import complete_run
+    from nextvec.train.world import rank, restarted
 
-    check_out(out, resume)
+    resume = resume or (restarted() and (out / "config.yaml").is_file())  # torchrun gives the same command again
+    if rank() == 0:
+        check_out(out, resume)
     settings = _settings(VERBS[verb], out, config_file, resume)
     if data is not None:
         settings = {**settings, "data": {**(settings.get("data") or {}), "path": str(data)}}
@@ -140,6 +143,8 @@ def _train(
     )
     if result.interrupted:
         raise typer.Exit(130)
+    if rank() != 0:
+        return
     print(f"{out}: {result.step:,} steps, {result.tokens:,} tokens in {duration(result.seconds)} of training")
     if result.evaluation is not None:
         print(f"held out: {terms(result.evaluation)}")

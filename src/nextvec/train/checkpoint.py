@@ -42,6 +42,7 @@ CONTINUED = (
     "train.keep_last",
     "train.keep_every",
     "train.skip_limit",
+    "train.activation_checkpointing",
     "data.path",
 )  # free to change
 

@@ -28,6 +28,7 @@ from nextvec.train.latents import with_latents
 from nextvec.train.lock import run_lock
 from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row, check_tensorboard
 from nextvec.train.progress import Display
+from nextvec.train.recompute import recomputed_blocks
 from nextvec.train.sitting import Sitting
 from nextvec.train.world import World, lost_process, open_world
 
@@ -106,6 +107,7 @@ def train(
             sitting = Sitting(
                 config, objective, out, place, data, frozen, log, display, time_budget, on_log, command, found, world
             )
+            stack.enter_context(recomputed_blocks(objective.module, config.train.activation_checkpointing))
             interrupt = stack.enter_context(Interrupt(patient=world.size > 1))
             stack.enter_context(closing(sitting))
             result = sitting.run(interrupt)

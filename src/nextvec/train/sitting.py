@@ -101,7 +101,7 @@ class Sitting:
         if self._finished():
             self._log()
             self._evaluate(interrupt)
-        interrupted = interrupt.requested
+        interrupted = interrupt.requested or self.stopping
         try:
             self._save(last=True)
         except DataError:

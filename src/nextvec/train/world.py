@@ -15,6 +15,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from nextvec.config import CalmRun, RunConfig
 from nextvec.errors import ConfigError
@@ -98,7 +100,10 @@ def open_world(device: torch.device) -> World:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     owned = not dist.is_initialized()
     if owned:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun keeps its store over a restart, and with it the addresses of processes that are gone.
+        store, rank_, size = next(rendezvous("env://"))
+        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank_, world_size=size)
     return World(dist.get_rank(), size, owned)
 
 
@@ -117,7 +122,7 @@ def make_accelerator(device: torch.device, precision: Precision, config: RunConf
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unused = isinstance(config, CalmRun) and config.recipe.name == "fast" and config.recipe.auxiliary_until < 1.0
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
