@@ -44,9 +44,7 @@ def write_corpus(path: Path, megabytes: float) -> list[str]:
 
 def processor_seconds() -> float:
     """Of this process and of its children that have ended."""
-    return sum(
-        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def main() -> None:
@@ -77,7 +75,9 @@ def main() -> None:
     size = options.megabytes
     for what, times in (("processor", cpu), ("wall clock", wall)):
         raw, ours = (statistics.median(times[arm]) for arm in ("raw", "prepare"))
-        print(f"{what:10}  raw {raw:6.2f} s  prepare {ours:6.2f} s  ({size / ours:.1f} MB/s): {100 * raw / ours:.0f} % of raw")
+        print(
+            f"{what:10}  raw {raw:6.2f} s  prepare {ours:6.2f} s  ({size / ours:.1f} MB/s): {100 * raw / ours:.0f} % of raw"
+        )
     print(f"{len(texts):,} documents, {tokens:,} tokens, {os.cpu_count()} cores")
     if options.json is not None:
         write_json(options.json, {"megabytes": size, "tokens": tokens, "cpu": cpu, "wall": wall})

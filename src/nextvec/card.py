@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nextvec.config import (
     AutoregressiveHeadConfig,
     CalmRun,
+    DataSettings,
     DiffusionHeadConfig,
     FlowHeadConfig,
     ImportedRun,
@@ -41,7 +42,7 @@ def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained
         "| | |",
         "|---|---|",
         f"| parameters | {sum(p.numel() for p in model.parameters()):,} |",
-        f"| data | {data.path}, packing {data.packing or 'as its manifest says'} |",
+        f"| data | {_corpora(data)}, packing {data.packing or 'as its manifest says'} |",
         f"| tokenizer | hash {tokenizer_hash[:12]} |",
         f"| context length | {data.context_tokens:,} tokens |",
         f"| training | {trained['step']:,} steps, {trained['tokens']:,} tokens, {trained['seconds']:,.0f} s; "
@@ -125,3 +126,10 @@ def _figure(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_figure(item) for item in value)
     return "not defined (an order is not positive)" if value is None else str(value)
+
+
+def _corpora(data: DataSettings) -> str:
+    if not data.mixture:
+        return str(data.path)
+    whole = sum(part.weight for part in data.mixture)
+    return ", ".join(f"{part.path} ({100 * part.weight / whole:.3g} %)" for part in data.mixture)

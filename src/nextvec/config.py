@@ -168,14 +168,35 @@ class RecipeSettings(Config):
     auxiliary_until: Annotated[float, Field(ge=0, le=1)] = 1.0  # fraction of training after which the weight is 0
 
 
+class CorpusPart(Config):
+    """One corpus of a mixture."""
+
+    path: str  # shard directory written by `nextvec prepare`
+    weight: Annotated[float, Field(gt=0)] = 1.0  # share of the windows, relative to the other weights
+
+
 class DataSettings(Config):
     """Where the tokens come from and how they are laid out."""
 
-    path: str  # shard directory written by `nextvec prepare`
+    path: str | None = None  # shard directory written by `nextvec prepare`; required without `mixture`
+    mixture: tuple[CorpusPart, ...] = ()  # several of them, mixed by weight, instead of `path`
     packing: Literal["aligned", "packed"] | None = None  # None: as the manifest says
     context_tokens: Positive = 1024  # context length in tokens, a multiple of K
     rows: Positive = 4  # windows per batch; a step has train.accumulate batches, however many processes share them
     latents: bool = False  # training reads the teacher that `nextvec prepare --latents` stored, instead of encoding
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.path is None and not self.mixture:
+            raise ValueError("path is required: a shard directory; or mixture, several of them with weights")
+        if self.path and self.mixture:
+            raise ValueError("give either path or mixture, not both")
+        return self
+
+    @property
+    def corpora(self) -> tuple[CorpusPart, ...]:
+        """The shard directories, one or several."""
+        return self.mixture or (CorpusPart(path=self.path or ""),)
 
 
 class OptimSettings(Config):

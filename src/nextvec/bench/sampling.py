@@ -167,7 +167,7 @@ def held_out(run: Run, source: str | None, tokens: int) -> list[Document]:
     Raises DataError where there are none.
     """
     if source is None:
-        folder = Path(run.config.data.path) if isinstance(run.config, RunConfig) else None
+        folder = Path(run.config.data.corpora[0].path) if isinstance(run.config, RunConfig) else None
         if folder is not None and folder.name == "train":
             folder = folder.parent  # the run names the split itself
         beside = data_folders(folder)[1] if folder is not None and folder.exists() else None

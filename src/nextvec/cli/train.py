@@ -118,7 +118,7 @@ def _train(
     if data is not None:
         settings = {**settings, "data": {**(settings.get("data") or {}), "path": str(data)}}
     settings = apply_overrides(settings, overrides)
-    shards = TokenShards.open(data_folders(_data_path(settings))[0])
+    shards = TokenShards.open(data_folders(_first_corpus(settings))[0])
     settings["data"] = {"packing": shards.manifest.packing, **settings["data"]}  # a run says how its text was laid out
     autoencoder: Autoencoder | None = None
     if autoencoder_run is not None:
@@ -167,11 +167,14 @@ def _settings(kind: str, out: Path, config_file: Path | None, resume: bool) -> d
     return {**settings, "kind": kind}
 
 
-def _data_path(settings: dict[str, Any]) -> str:
+def _first_corpus(settings: dict[str, Any]) -> str:
+    """The first shard directory of the settings. Raises ConfigError where they name none."""
+    from nextvec.config import DataSettings
     from nextvec.errors import ConfigError
 
     data = settings.get("data")
-    path = data.get("path") if isinstance(data, dict) else None
-    if path is None:
+    if not isinstance(data, dict) or not (data.get("path") or data.get("mixture")):
         raise ConfigError("training needs shards: give --data SHARDS, as written by `nextvec prepare`")
-    return str(path)
+    if not data.get("mixture"):
+        return str(data["path"])
+    return DataSettings.parse(data, "data").mixture[0].path

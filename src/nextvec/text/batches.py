@@ -45,6 +45,11 @@ class Batches:
         slack = min(context_tokens - patch, stream.length - self.windows * context_tokens)
         self._offsets = slack // patch + 1
 
+    @property
+    def digest(self) -> str:
+        """Of the stream."""
+        return self.stream.digest
+
     def batch(self, index: int, part: int = 0, parts: int = 1) -> torch.Tensor:
         """Batch `index` >= 0: (B, T) int64 token ids. The same for the same seed, in any order of calls.
 

@@ -44,6 +44,7 @@ CONTINUED = (
     "train.skip_limit",
     "train.activation_checkpointing",
     "data.path",
+    "data.mixture",
 )  # free to change
 
 Say = Callable[[str], None]

@@ -63,31 +63,39 @@ def open_data(config: RunConfig, valid: Path | None = None, eval_batches: int = 
     The second value is None, or one line saying why nothing can be evaluated during training. Raises DataError or
     ConfigError when shards are missing or damaged, do not fit the model's vocabulary, or K does not divide the context.
     """
-    from nextvec.text.batches import Batches
+    from nextvec.text.batches import Batches, mix
+    from nextvec.text.mixture import Mixture
     from nextvec.text.shards import Stream, TokenShards
 
     assert isinstance(config, AutoencoderRun | CalmRun | TokenLMRun)
-    folder, beside = data_folders(config.data.path)
+    found = [(*data_folders(part.path), part.weight) for part in config.data.corpora]
+    tokenizer = TokenShards.open(found[0][0]).tokenizer
 
-    def batches(where: Path) -> Batches:
+    def batches(where: Path, number: int = 0) -> Batches:
         shards = TokenShards.open(where)
         if shards.tokenizer.vocab_size != config.model.vocab_size:
             raise DataError(
                 f"{where} was written with a vocabulary of {shards.tokenizer.vocab_size} tokens and the model has "
                 f"{config.model.vocab_size}; prepare the shards with the model's tokenizer"
             )
+        shards.check_tokenizer(tokenizer)
         stream = Stream(shards, config.model.patch_size, config.data.packing)
-        return Batches(stream, config.data.rows, config.data.context_tokens, config.train.seed)
+        seed = config.train.seed if number == 0 else mix(config.train.seed ^ mix(number))  # an order of its own
+        return Batches(stream, config.data.rows, config.data.context_tokens, seed)
 
-    train = batches(folder)
-    digest = train.stream.digest
-    where = valid or beside
-    if where is None:
-        return Data(train, digest), None
+    def mixed(folders: list[tuple[Path, float]]) -> Batches | Mixture:
+        parts = [batches(folder, number) for number, (folder, _) in enumerate(folders)]
+        return parts[0] if len(parts) == 1 else Mixture(parts, [weight for _, weight in folders], config.train.seed)
+
+    train = mixed([(folder, weight) for folder, _, weight in found])
+    beside = [(valid, 1.0)] if valid else [(held, weight) for _, held, weight in found if held is not None]
+    if not beside:
+        return Data(train, train.digest), None
     try:
-        held_out = batches(where)
+        held_out = mixed(beside)
     except ConfigError as error:
         if valid is not None:
             raise
-        return Data(train, digest), f"no evaluation during training: {error}"
-    return Data(train, digest, held_out, min(eval_batches, max(1, held_out.windows // config.data.rows))), None
+        return Data(train, train.digest), f"no evaluation during training: {error}"
+    count = min(eval_batches, max(1, held_out.windows // config.data.rows))
+    return Data(train, train.digest, held_out, count), None

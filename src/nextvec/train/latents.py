@@ -27,6 +27,7 @@ from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.posterior import Posterior
 from nextvec.text.batches import Batches, samples
+from nextvec.text.mixture import Mixture
 from nextvec.text.shards import Stream
 from nextvec.train.checkpoint import parameters_digest
 from nextvec.train.data import Data
@@ -115,6 +116,8 @@ def with_latents(data: Data, module: nn.Module) -> Data:
     """
     autoencoder = next((part for part in module.modules() if isinstance(part, Autoencoder)), None)
     learns = any(isinstance(part, Calm) and part.has_latents for part in module.modules())
+    if isinstance(data.train, Mixture):
+        raise ConfigError("data.latents is for one corpus, and data.mixture names several; leave data.latents out")
     if autoencoder is None or not learns or not isinstance(data.train, Batches):
         raise ConfigError(
             "data.latents is for a CALM whose head learns from latents; this run has no such head: leave it out"
