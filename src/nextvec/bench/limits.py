@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 from nextvec.hardware import DTYPES, Precision, has_bf16, synchronize
 from nextvec.train.flops import count_flops
 
-NAMES = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_scaled_mm", "_addmm_activation")
-NAMES += ("_linear_pointwise", "qlinear_pointwise")  # packed ones
+PACKED = ("_linear_pointwise", "qlinear_pointwise")
+NAMES = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_scaled_mm", "_addmm_activation", *PACKED)
 ATTENTION = "_scaled_dot_product"
 SIDES = (256, 1024, 4096)  # of the square products whose rates are reported
 BURST = 2e-3  # seconds of calls of one product in one reading

@@ -77,49 +77,46 @@ class TrainStep:
     def compile(self, say: Callable[[str], None]) -> None:
         """Compile the repeated blocks of our arm, if the settings ask for it."""
         if self.config.train.compile and self.arm == "ours":
-            compile_blocks(
-                self.module, self.device, lambda: self._backward(self.batches.batch(0), self._generator()), say
-            )
+            compile_blocks(self.module, self.device, lambda: self._backward(self.batches.batch(0), 0), say)
             self.optimizer.zero_grad()
 
     def warm(self) -> None:
         """A step on the start of one window, at the first step's rate."""
         first_BT = self.batches.batch(0)[:1, : 2 * self.batches.stream.patch_size]
-        self._update(lambda generator: self._backward(first_BT, generator))
+        self._update(lambda: self._backward(first_BT, 0))
 
     def __call__(self) -> None:
         settings = self.config.train
 
-        def gradients(generator: torch.Generator) -> None:
+        def gradients() -> None:
             for micro in range(settings.accumulate):
                 self.mark(DATA)
-                ids_BT = self.batches.batch(self.step * settings.accumulate + micro)
+                number = self.step * settings.accumulate + micro
+                ids_BT = self.batches.batch(number)
                 ids_BT = ids_BT.to(self.device, non_blocking=True)
                 self.mark(OTHER)
-                self._backward(ids_BT, generator)
+                self._backward(ids_BT, number)
 
         self._update(gradients)
         self.step += 1
 
-    def _update(self, gradients: Callable[[torch.Generator], None]) -> None:
+    def _update(self, gradients: Callable[[], None]) -> None:
         self.mark(OTHER)
         factor = rate_factor(self.step, 0.0, self.config.train.steps, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
-        gradients(self._generator())
+        gradients()
         self.mark(OPTIMISER)
         nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip, foreach=self._clip_by)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.mark(OTHER)
 
-    def _backward(self, ids_BT: Tensor, generator: torch.Generator) -> None:
+    def _backward(self, ids_BT: Tensor, number: int) -> None:
+        generator = generator_for(self.config.train.seed, number, TRAIN, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss, _ = self.module(ids_BT.to(self.device), generator, 0.0)
         (loss / self.config.train.accumulate).backward()
-
-    def _generator(self) -> torch.Generator:
-        return generator_for(self.config.train.seed, self.step, TRAIN, self.device)
 
 
 def training_module(config: RunConfig) -> nn.Module:
