@@ -248,6 +248,7 @@ class RunConfig(ModelRun):
     data: DataSettings
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
+    start: str | None = None  # run directory whose weights training began with (`--from`); None: fresh ones
 
 
 class AutoencoderRun(RunConfig):

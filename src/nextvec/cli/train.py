@@ -29,6 +29,10 @@ ConfigFile = Annotated[
 Valid = Annotated[
     Path | None, typer.Option(metavar="SHARDS", help="Held-out shards; default: valid/ beside the training shards.")
 ]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="RUN", help="Begin with the weights and settings of a trained run, on other text."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in RUN.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 TensorBoard = Annotated[
@@ -46,30 +50,35 @@ def train_autoencoder(
     data: DataPath = None,
     config: ConfigFile = None,
     valid: Valid = None,
+    source: From = None,
     resume: Resume = False,
     device: Device = "auto",
     tensorboard: TensorBoard = False,
 ) -> None:
     """Train the patch autoencoder (stage 1)."""
-    _train("autoencoder", out, overrides or [], data, config, valid, resume, device, tensorboard, None)
+    _train("autoencoder", out, overrides or [], data, config, valid, resume, device, tensorboard, None, source)
 
 
 @train_app.command("lm")
 def train_lm(
     out: Out,
     autoencoder: Annotated[
-        Path, typer.Option(metavar="RUN", help="Run of the trained autoencoder, or a CALM run that holds one.")
-    ],
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Run of the trained autoencoder, or a CALM run that holds one. With --from: its own."
+        ),
+    ] = None,
     overrides: Overrides = None,
     data: DataPath = None,
     config: ConfigFile = None,
     valid: Valid = None,
+    source: From = None,
     resume: Resume = False,
     device: Device = "auto",
     tensorboard: TensorBoard = False,
 ) -> None:
     """Train a CALM language model on a trained autoencoder (stage 2)."""
-    _train("lm", out, overrides or [], data, config, valid, resume, device, tensorboard, autoencoder)
+    _train("lm", out, overrides or [], data, config, valid, resume, device, tensorboard, autoencoder, source)
 
 
 @train_app.command("baseline")
@@ -79,12 +88,13 @@ def train_baseline(
     data: DataPath = None,
     config: ConfigFile = None,
     valid: Valid = None,
+    source: From = None,
     resume: Resume = False,
     device: Device = "auto",
     tensorboard: TensorBoard = False,
 ) -> None:
     """Train the token-Transformer baseline."""
-    _train("baseline", out, overrides or [], data, config, valid, resume, device, tensorboard, None)
+    _train("baseline", out, overrides or [], data, config, valid, resume, device, tensorboard, None, source)
 
 
 def _train(
@@ -98,42 +108,61 @@ def _train(
     device: str,
     tensorboard: bool,
     autoencoder_run: Path | None,
+    source: Path | None,
 ) -> None:
     import shlex
 
     from nextvec.config import apply_overrides
-    from nextvec.rundir import load_autoencoder
+    from nextvec.errors import ConfigError
+    from nextvec.model.calm import Calm
+    from nextvec.rundir import load_autoencoder, load_run
     from nextvec.text.shards import TokenShards
     from nextvec.train.data import data_folders
     from nextvec.train.loop import check_out, train
     from nextvec.train.objectives import build_objective
     from nextvec.train.progress import duration, terms
     from nextvec.train.settings import complete_run
+    from nextvec.train.start import begin_with, settings_from
     from nextvec.train.world import rank, restarted
 
     resume = resume or (restarted() and (out / "config.yaml").is_file())  # torchrun gives the same command again
     if rank() == 0:
         check_out(out, resume)
     settings = _settings(VERBS[verb], out, config_file, resume)
+    if resume and source is None and settings.get("start"):
+        source = Path(settings["start"])
+    start = load_run(source) if source is not None and not (resume and autoencoder_run is not None) else None
+    if verb == "lm" and start is None and autoencoder_run is None:
+        raise ConfigError("training CALM needs a trained autoencoder: give --autoencoder RUN, or --from RUN")
+    if start is not None:
+        settings = settings_from(start, settings)
     if data is not None:
         settings = {**settings, "data": {**(settings.get("data") or {}), "path": str(data)}}
     settings = apply_overrides(settings, overrides)
     shards = TokenShards.open(data_folders(_first_corpus(settings))[0])
     settings["data"] = {"packing": shards.manifest.packing, **settings["data"]}  # a run says how its text was laid out
-    autoencoder: Autoencoder | None = None
+    if start is not None:
+        shards.check_tokenizer(start.text_tokenizer)
+    autoencoder: Autoencoder | None = (
+        start.model.autoencoder if start is not None and isinstance(start.model, Calm) else None
+    )
     if autoencoder_run is not None:
         autoencoder, tokenizer = load_autoencoder(autoencoder_run)
         shards.check_tokenizer(tokenizer)
     of = autoencoder.config if autoencoder is not None else None
     run = complete_run(settings, shards.tokenizer, of, str(config_file or f"train {verb}"))
+    objective = build_objective(run, shards.tokenizer, autoencoder)
+    if start is not None:
+        begin_with(objective, start, keep_autoencoder=autoencoder_run is not None)
 
     options = ["--autoencoder", str(autoencoder_run)] if autoencoder_run is not None else []
+    options += ["--from", str(source)] if source is not None else []
     options += ["--valid", str(valid)] if valid is not None else []
     options += ["--device", device] if device != "auto" else []
     options += ["--tensorboard"] if tensorboard else []
     result = train(
         run,
-        build_objective(run, shards.tokenizer, autoencoder),
+        objective,
         out,
         resume=resume,
         device=device,

@@ -45,6 +45,7 @@ CONTINUED = (
     "train.activation_checkpointing",
     "data.path",
     "data.mixture",
+    "start",
 )  # free to change
 
 Say = Callable[[str], None]

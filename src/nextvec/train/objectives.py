@@ -190,7 +190,7 @@ def build_objective(
     module: AutoencoderTraining | CalmTraining | TokenLMTraining
     if isinstance(config, CalmRun):
         if autoencoder is None:
-            raise ConfigError("training CALM needs a trained autoencoder: give --autoencoder RUN")
+            raise ConfigError("training CALM needs a trained autoencoder: give --autoencoder RUN, or --from RUN")
         model = Calm(config.model, autoencoder)
         module = CalmTraining(model, config.energy, config.recipe)
     elif isinstance(config, TokenLMRun):
