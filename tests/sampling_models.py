@@ -23,10 +23,12 @@ def calm_config(patch_size: int) -> CalmConfig:
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Weights so large that draws differ."""
+    """Weights so large that draws differ; no biases and tokens of equal norm, so that no few of them win always."""
     generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.5, generator=generator)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(0, 0.0 if name.endswith("bias") else 0.5, generator=generator)
+        if name.endswith("embedding.weight"):
+            parameter.data.copy_(torch.nn.functional.normalize(parameter.data, dim=-1))
 
 
 def calm(patch_size: int, dtype: torch.dtype = torch.float64) -> Calm:

@@ -100,9 +100,10 @@ def test_a_cancelled_row_leaves_and_its_slot_serves_the_next() -> None:
     one.cancel(fourth)
     one.cancel(99)
     assert len(one) == 2
-    assert [event.row for event in one.step()] == [second, third]
-    texts = run(one)
-    assert texts[third] == alone(model, PROMPT[:11], settings)[3 - 11 % 3 :]  # its first patch came above
+    events = one.step()
+    assert [event.row for event in events] == [second, third]
+    texts = run(one, {third: list(events[1].tokens)})
+    assert texts[third] == alone(model, PROMPT[:11], settings)
     assert first not in texts
 
 
@@ -223,6 +224,8 @@ def read_anew(model: Calm, prompt: list[int], settings: Sampling, row: int) -> l
         text += event.tokens
         if event.finished:
             return text
+        if event.pool.given < len(rest):  # no draw began with them
+            whole = [PAD] * (size - len(rest)) + whole
         whole, rest = whole + rest + list(event.tokens), []
 
 
@@ -289,10 +292,10 @@ def test_a_pool_holds_the_latents_that_were_voted_on(rest: int) -> None:
     assert pool.latents is not None
     assert pool.copies is not None
     tokens = model.autoencoder.decode_tokens(pool.latents)
-    vote = hold_vote(tokens, prompt[9:], 0.5)
+    vote = hold_vote(tokens, prompt[9 : 9 + pool.given], 0.5)
     assert vote == next_patch(model, prompt, 0.5, 40, 8, eos_id=EOS, pad_id=PAD)
     assert vote.kept == int((pool.copies > 0).sum())
-    winner = next(each for each in vote.candidates if each.ids == pool.patch[rest:])
+    winner = next(each for each in vote.candidates if each.ids == pool.patch[pool.given :])
     assert winner.votes in pool.copies.tolist()
     assert pool.tokens is None
 

@@ -45,10 +45,12 @@ def plain_loop(model: Calm | TokenLM, prompt: list[int], settings: Sampling, row
             else:
                 draws = 1 if settings.temperature == 1 and not rest else settings.candidates
                 pool = model.draw_tokens(state[0], draws, generator).tolist()
-                for length in range(len(rest), -1, -1):
-                    keep = [candidate[:length] == rest[:length] for candidate in pool]
-                    if any(keep):
-                        break
+                while rest and sum(c[: len(rest)] == rest for c in pool) < 8 and len(pool) < 4 * draws:
+                    pool += model.draw_tokens(state[0], draws, generator).tolist()
+                keep = [candidate[: len(rest)] == rest for candidate in pool]
+                if not any(keep):  # pads before the prompt instead
+                    ids, rest = [EOS] + [PAD] * (size - 1) + [PAD] * (size - len(rest)) + prompt, []
+                    continue
                 pool = [rest + candidate[len(rest) :] for candidate in pool]
                 patch = batch_temperature(torch.tensor([pool]), settings.temperature, generator, torch.tensor([keep]))[
                     0
@@ -188,12 +190,31 @@ def test_the_rest_of_a_prompt_conditions_the_next_patch() -> None:
     assert texts == {(5,), (9,)}
 
 
-def test_without_an_agreeing_draw_the_longest_agreement_counts_and_the_prompt_stands() -> None:
-    script = {(10, 2): [[20, 21, 22], [7, 1, 23], [24, 8, 25]], (10, 3): [[2, 0, 0]]}
-    assert collect(run(script, [[10, 1, 1, 7, 8]])) == [([23], "eos")]
-    assert collect(run(script, [[10, 1, 1, 6]])) == [
-        ([21, 22], "eos")
-    ]  # no agreement at all: any draw, after the prompt
+def test_without_an_agreeing_draw_the_prompt_is_read_with_pads_on_its_left() -> None:
+    script = {
+        (10, 2): [[20, 21, 22], [7, 1, 23], [24, 8, 25]],
+        (0, 3): [[31, 32, 33]],  # what follows [2 0 0] [0 10 1] [1 7 8]
+        (0, 4): [[2, 0, 0]],
+    }
+    model = Scripted(script)
+    steps = generate(model, [[10, 1, 1, 7, 8]], Sampling(1.0, 6, 99), eos_id=2, pad_id=0)  # type: ignore[arg-type]
+    assert collect(list(steps)) == [([31, 32, 33], "eos")]
+    assert model.read[1] == [[[2, 0, 0], [0, 10, 1], [1, 7, 8]]]
+    assert model.calls == [(10, 6)] * 4 + [(0, 1)] * 2  # four pools looked for it
+
+
+def test_a_pool_grows_until_enough_draws_begin_with_the_rest() -> None:
+    class Rare(Scripted):
+        def draw_tokens(self, state: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+            pool = super().draw_tokens(state, draws, generator)
+            if state[1] == 2 and len(self.calls) == 3:
+                pool[1] = torch.tensor([7, 8, 9])
+            return pool
+
+    model = Rare({(10, 2): [[20, 21, 22]], (10, 3): [[2, 0, 0]]})
+    steps = generate(model, [[10, 1, 1, 7, 8]], Sampling(1.0, 6, 99), eos_id=2, pad_id=0)  # type: ignore[arg-type]
+    assert collect(list(steps)) == [([9], "eos")]
+    assert model.calls == [(10, 6)] * 4 + [(10, 1)]
 
 
 def test_the_patch_that_holds_the_rest_of_the_prompt_becomes_the_next_input() -> None:
@@ -214,7 +235,7 @@ def test_a_model_of_packed_documents_never_sees_a_padded_boundary(packed: bool, 
 def test_temperature_one_draws_one_candidate_where_nothing_is_given() -> None:
     model = Scripted({(10, 2): [[10, 3, 3]], (10, 3): [[2, 0, 0]]})
     list(generate(model, [[10, 1, 1, 10]], Sampling(1.0, 6, 9), eos_id=2, pad_id=0))  # type: ignore[arg-type]
-    assert model.calls == [(10, 6), (10, 1)]
+    assert model.calls == [(10, 6)] * 2 + [(10, 1)]  # of six draws six agree, which is fewer than 8
 
 
 def test_generation_leaves_the_callers_grad_mode_alone() -> None:

@@ -83,7 +83,7 @@ def _vote_lines(vote: Vote, tokenizer: Tokenizer, rest: Sequence[int], top: int,
     if rest and vote.matched == len(rest):
         words += f", {vote.kept} of them begin with the rest"
     elif rest:
-        words += f", none begins with the rest, {vote.kept} come closest ({vote.matched} of its {len(rest)} tokens)"
+        words += " after the text with pads on its left, since no draw begins with the rest"
     yield f"{words}, {len(vote.candidates)} different"
     yield f"{'votes':>5}  {'chosen':>6}  at T = {temperature:g}"
     for candidate in vote.candidates[:top]:

@@ -35,17 +35,14 @@ class HasLatents(Protocol):
     def draw_latents(self, state_ND: Tensor, draws: int, generator: Generators) -> Tensor: ...
 
 
-class Given(NamedTuple):
-    """Tokens (B, K) that the rows' next patches begin with, and how many of them count (B,)."""
-
-    tokens: Tensor
-    lengths: Tensor
+ENOUGH = 8  # draws that begin with the rest of a prompt, at which its pool stops growing
+MOST_POOLS = 4  # times N draws, at most, behind the patch that begins with the rest of a prompt
 
 
 class Drawn(NamedTuple):
     """patch (B, K); draws of the model behind each; copies (B, N) of each draw in its pool, 0 for one that does not agree
-    with what is given, None where no pool was drawn. Of the draws themselves, as the model made them: latents (B, N, L) where
-    it draws latents, tokens (B, N, K) where it draws tokens."""
+    with the rest of a prompt, None where no pool was drawn. Of the draws themselves, as the model made them: latents
+    (B, N, L) where it draws latents, tokens (B, N, K) where it draws tokens."""
 
     patch: Tensor
     draws: int
@@ -54,32 +51,70 @@ class Drawn(NamedTuple):
     tokens: Tensor | None = None
 
 
-def draw_patches(
-    model: LanguageModel, state_BD: Tensor, law: Law, generators: Sequence[torch.Generator], given: Given | None = None
-) -> Drawn:
+def draw_patches(model: LanguageModel, state_BD: Tensor, law: Law, generators: Sequence[torch.Generator]) -> Drawn:
     """The next patch of every row by `law`, row i from generator i."""
     if isinstance(model, HasLogits):
         logits_BV = model.logits(state_BD)
         return Drawn(sample_logits(logits_BV, law.temperature, generators, law.top_k, law.top_p)[:, None], 1, None)
-    single = law.temperature == 1 and given is None
+    single = law.temperature == 1
     draws = 1 if single else law.candidates
-    if given is None and isinstance(model, HasLatents) and model.has_latents:
-        pool_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
-        choice = choose_patch(model.autoencoder, pool_BNL, model.patch_size, law.temperature, generators)
-        return Drawn(choice.patch, draws, None if single else choice.copies, pool_BNL)
-    latent_BNL: Tensor | None = None
-    drawn_BNK: Tensor | None = None
     if isinstance(model, HasLatents) and model.has_latents:
-        latents = [model.draw_latents(state_BD[row], draws, each) for row, each in enumerate(generators)]
-        latent_BNL = torch.stack(latents)
-        candidates_BNK = torch.stack([model.autoencoder.decode_tokens(each) for each in latents])
-    else:
-        drawn_BNK = torch.stack([model.draw_tokens(state_BD[row], draws, each) for row, each in enumerate(generators)])
-        candidates_BNK = drawn_BNK
+        latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
+        choice = choose_patch(model.autoencoder, latent_BNL, model.patch_size, law.temperature, generators)
+        return Drawn(choice.patch, draws, None if single else choice.copies, latent_BNL)
+    token_BNK = torch.stack([model.draw_tokens(state_BD[row], draws, each) for row, each in enumerate(generators)])
     if single:
-        return Drawn(candidates_BNK[:, 0], 1, None, tokens=drawn_BNK)
-    keep_BN = None
-    if given is not None:
-        candidates_BNK, keep_BN = condition(candidates_BNK, *given)
-    patch_BK = batch_temperature(candidates_BNK, law.temperature, generators, keep_BN)
-    return Drawn(patch_BK, draws, count_equal(candidates_BNK, keep_BN), latent_BNL, drawn_BNK)
+        return Drawn(token_BNK[:, 0], 1, None, tokens=token_BNK)
+    patch_BK = batch_temperature(token_BNK, law.temperature, generators)
+    return Drawn(patch_BK, draws, count_equal(token_BNK), tokens=token_BNK)
+
+
+def complete_patch(
+    model: LanguageModel, state_D: Tensor, law: Law, generator: torch.Generator, rest: Sequence[int]
+) -> Drawn | None:
+    """The next patch (1, K) of one row, which begins with the rest of its prompt, 1 .. K - 1 tokens; None where no draw does.
+
+    Of a pool the draws that begin with them are kept (`temperature.condition`): exact draws of the conditional law. The pool
+    grows by N draws until ENOUGH agree, at most MOST_POOLS times.
+    """
+    pool = grow_pool(model, state_D, law.candidates, generator, rest)
+    if not pool.agreeing:
+        return None
+    token_1NK, keep_1N = condition(pool.tokens[None], *prefix(rest, model.patch_size, state_D.device))
+    patch_1K = batch_temperature(token_1NK, law.temperature, [generator], keep_1N)
+    copies_1N = count_equal(token_1NK, keep_1N)
+    if pool.latents is not None:
+        return Drawn(patch_1K, len(pool.tokens), copies_1N, pool.latents[None])
+    return Drawn(patch_1K, len(pool.tokens), copies_1N, tokens=pool.tokens[None])
+
+
+class Grown(NamedTuple):
+    """Draws of one patch: tokens (N, K), latents (N, L) of a model that has them, how many begin with what is given."""
+
+    tokens: Tensor
+    latents: Tensor | None
+    agreeing: int
+
+
+def grow_pool(
+    model: LanguageModel, state_D: Tensor, candidates: int, generator: torch.Generator, rest: Sequence[int]
+) -> Grown:
+    """As many draws as `complete_patch` needs; `candidates` where nothing is left over."""
+    rest_K = torch.tensor(rest, dtype=torch.int64, device=state_D.device)
+    latents: list[Tensor] = []
+    pools: list[Tensor] = []
+    agreeing = 0
+    while agreeing < (ENOUGH if rest else 1) and len(pools) < MOST_POOLS:
+        if isinstance(model, HasLatents) and model.has_latents:
+            latents.append(model.draw_latents(state_D, candidates, generator))
+            pools.append(model.autoencoder.decode_tokens(latents[-1]))
+        else:
+            pools.append(model.draw_tokens(state_D, candidates, generator))
+        agreeing += int((pools[-1][:, : len(rest)] == rest_K).all(1).sum()) if rest else len(pools[-1])
+    return Grown(torch.cat(pools), torch.cat(latents) if latents else None, agreeing)
+
+
+def prefix(rest: Sequence[int], patch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rest of one prompt as `temperature.condition` takes it: tokens (1, K) and how many count (1,)."""
+    tokens = list(rest) + [0] * (patch_size - len(rest))
+    return torch.tensor([tokens], device=device), torch.tensor([len(rest)], device=device)

@@ -4,7 +4,8 @@ What a row's model reads:  [eos, pad .. pad] [whole patches of the prompt] [patc
 that ends a document in aligned packing, so that an empty prompt, too, has a state to start from; a model trained on packed
 documents never saw it, so there a prompt of at least one whole patch stands alone. A prompt whose length is no multiple of K
 leaves r tokens over; the first patch drawn is conditioned on them: of its pool, the draws that begin with these tokens are
-kept (`temperature.condition`), and what they say after them is new text. No pad ever stands inside a text.
+kept (`draw.complete_patch`), and what they say after them is new text. Where no draw does, the prompt is read anew with K - r
+pads before its first token, so that it ends at the end of a patch. No pad ever stands inside a text.
 
 Legend: B rows, P patches, K tokens per patch, D width, L latent, N candidates.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from nextvec.errors import UserError
 from nextvec.model.interface import LanguageModel
 from nextvec.model.packed import pack_linears
-from nextvec.sampling.draw import Drawn, Given, HasLogits, draw_patches
+from nextvec.sampling.draw import Drawn, HasLogits, complete_patch, draw_patches
 from nextvec.sampling.settings import Finish, Law, Sampling, row_generator
 
 KEPT = 0.75  # share of the context that stays when the window slides
@@ -30,14 +31,15 @@ KEPT = 0.75  # share of the context that stays when the window slides
 
 class Pool(NamedTuple):
     """Draws of the model behind one patch. copies (N,): of each draw, 0 for one that does not agree with the prompt's rest;
-    None for a patch drawn without a pool. patch: the ids chosen; latents (N, L), tokens (N, K): as in `draw.Drawn`. The
-    figures are computed when they are asked for."""
+    None for a patch drawn without a pool. patch: the ids chosen; latents (N, L), tokens (N, K): as in `draw.Drawn`. given:
+    ids of the patch that the prompt's rest gave. The figures are computed when they are asked for."""
 
     draws: int
     copies: Tensor | None
     patch: tuple[int, ...] = ()
     latents: Tensor | None = None
     tokens: Tensor | None = None
+    given: int = 0
 
     @property
     def unanimous(self) -> bool:
@@ -98,6 +100,7 @@ class Engine:
         if isinstance(model, torch.nn.Module) and not model.training:
             pack_linears(model)
         self._model, self._eos, self._packed = model, eos_id, packed
+        self._pad = pad_id
         self._boundary = [eos_id] + [pad_id] * (model.patch_size - 1)
         self._slots, self._capacity, self._slide, self._deterministic = slots, capacity, slide, deterministic
         self._cache = model.new_cache(slots, capacity)
@@ -160,14 +163,25 @@ class Engine:
         for slots in self._together():
             rows = [self._rows[slot] for slot in slots]
             state = state_BD if len(slots) == len(state_BD) else state_BD[slots]
-            drawn = draw_patches(
-                self._model, state, rows[0].settings.law, [row.generator for row in rows], self._given(rows)
-            )
+            drawn = self._complete(rows[0], slots[0], state) if rows[0].given else self._draw(rows, state)
             for index, (slot, patch) in enumerate(zip(slots, drawn.patch.tolist(), strict=True)):
-                events[slot] = self._take(self._rows[slot], patch, _pool(drawn, index, patch))
+                row = self._rows[slot]
+                events[slot] = self._take(row, patch, _pool(drawn, index, patch, len(row.given)))
         ordered = [events[slot] for slot in range(len(self._rows))]
         self._release([slot for slot, event in enumerate(ordered) if event.finished is not None])
         return ordered
+
+    def _draw(self, rows: list[_Row], state_BD: Tensor) -> Drawn:
+        return draw_patches(self._model, state_BD, rows[0].settings.law, [row.generator for row in rows])
+
+    def _complete(self, row: _Row, slot: int, state_1D: Tensor) -> Drawn:
+        """The patch that begins with the rest of a prompt; where none does, the one after the prompt padded on its left."""
+        drawn = complete_patch(self._model, state_1D[0], row.settings.law, row.generator, row.given)
+        if drawn is None:
+            pads = [self._pad] * (self._model.patch_size - len(row.given))
+            row.patches, row.given = self._lay_out(pads + list(row.prompt))
+            drawn = self._draw([row], self._read(row.patches, slot))
+        return drawn
 
     def _lay_out(self, prompt: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         """The patches to read, and the rest of the prompt."""
@@ -225,20 +239,11 @@ class Engine:
         ]
 
     def _together(self) -> list[list[int]]:
-        """Slots that are drawn together: rows of one law, those with a rest of a prompt apart."""
-        if self._deterministic:
-            return [[slot] for slot in range(len(self._rows))]
-        groups: dict[tuple[Law, bool], list[int]] = {}
+        """Slots that are drawn together: rows of one law, and each with a rest of a prompt alone."""
+        groups: dict[Law | int, list[int]] = {}
         for slot, row in enumerate(self._rows):
-            groups.setdefault((row.settings.law, bool(row.given)), []).append(slot)
+            groups.setdefault(slot if row.given or self._deterministic else row.settings.law, []).append(slot)
         return list(groups.values())
-
-    def _given(self, rows: list[_Row]) -> Given | None:
-        if not rows[0].given:
-            return None
-        size, device = self._model.patch_size, self._model.device
-        tokens_BK = torch.tensor([row.given + [0] * (size - len(row.given)) for row in rows], device=device)
-        return Given(tokens_BK, torch.tensor([len(row.given) for row in rows], device=device))
 
     def _take(self, row: _Row, patch: list[int], pool: Pool) -> Event:
         """Count a patch as drawn."""
@@ -265,10 +270,14 @@ class Engine:
 
 
 def inputs_needed(prompt: int, max_tokens: int, patch_size: int) -> int:
-    """Patches that a model reads of a text: the boundary, and all whole patches but the last one drawn."""
-    return 1 + max(0, -(-(prompt + max_tokens) // patch_size) - 1)
+    """Patches that a model reads of a text at most: the boundary, and all whole patches but the last one drawn.
+
+    A prompt with a rest may be padded on its left, and is then counted with its pads.
+    """
+    padded = -(-prompt // patch_size) * patch_size
+    return 1 + max(0, -(-(padded + max_tokens) // patch_size) - 1)
 
 
-def _pool(drawn: Drawn, index: int, patch: list[int]) -> Pool:
+def _pool(drawn: Drawn, index: int, patch: list[int], given: int) -> Pool:
     of_row = [None if part is None else part[index] for part in (drawn.copies, drawn.latents, drawn.tokens)]
-    return Pool(drawn.draws, of_row[0], tuple(patch), of_row[1], of_row[2])
+    return Pool(drawn.draws, of_row[0], tuple(patch), of_row[1], of_row[2], given)

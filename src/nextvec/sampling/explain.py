@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
+from nextvec.sampling.draw import grow_pool, prefix
 from nextvec.sampling.settings import row_generator
 from nextvec.sampling.temperature import condition, pool_probabilities
 
@@ -38,8 +39,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Vote:
-    """The pool behind the next patch. draws: all; kept: those that begin with the rest of the text, or come closest; matched:
-    how many of its tokens these begin with. candidates: the most likely to be chosen first."""
+    """The pool behind the next patch. draws: all; kept: those that begin with the rest of the text; matched: how many of its
+    tokens these begin with, 0 where no draw did and the text was read padded on its left. candidates: the most likely to be
+    chosen first."""
 
     draws: int
     kept: int
@@ -70,21 +72,27 @@ def next_patch(
 
     Raises UserError for fewer candidates than the temperature needs.
     """
-    size = model.patch_size
+    size, generator = model.patch_size, row_generator(seed, 0, model.device)
     whole = len(ids) // size * size
     rest = list(ids[whole:])
     boundary = [] if model.packed and whole else [eos_id] + [pad_id] * (size - 1)
-    ids_1PK = torch.tensor(boundary + list(ids[:whole]), device=model.device).view(1, -1, size)
-    state_D = model.states(ids_1PK)[0, -1]
-    pool_NK = model.draw_tokens(state_D, candidates, row_generator(seed, 0, model.device))
-    return hold_vote(pool_NK, rest, temperature)
+    state_D = _state(model, boundary + list(ids[:whole]))
+    pool = grow_pool(model, state_D, candidates, generator, rest)
+    if not pool.agreeing:
+        pads = [pad_id] * (size - len(rest))
+        boundary, rest = [] if model.packed else boundary, []
+        pool = grow_pool(model, _state(model, boundary + pads + list(ids)), candidates, generator, rest)
+    return hold_vote(pool.tokens, rest, temperature)
+
+
+def _state(model: Calm, ids: list[int]) -> Tensor:
+    """The state (D,) after whole patches."""
+    return model.states(torch.tensor(ids, device=model.device).view(1, -1, model.patch_size))[0, -1]
 
 
 def hold_vote(pool_NK: Tensor, rest: Sequence[int], temperature: float) -> Vote:
     """What a pool of draws (N, K) says of a patch that begins with `rest`, fewer than K ids."""
-    prefix_1K = torch.tensor([[*rest] + [0] * (pool_NK.shape[1] - len(rest))], device=pool_NK.device)
-    length_1 = torch.tensor([len(rest)], device=pool_NK.device)
-    given_1NK, keep_1N = condition(pool_NK[None], prefix_1K, length_1)
+    given_1NK, keep_1N = condition(pool_NK[None], *prefix(rest, pool_NK.shape[1], pool_NK.device))
     probability_N = pool_probabilities(given_1NK, temperature, keep_1N)[0].tolist()
     kept = [index for index, keep in enumerate(keep_1N[0].tolist()) if keep]
     patches = [tuple(patch) for patch in given_1NK[0].tolist()]

@@ -113,8 +113,7 @@ class PatchForm:
         return []
 
     def chunk(self, update: Update) -> dict[str, Any]:
-        piece, rest = update.piece, self._rest
-        self._rest = 0
+        piece, rest = update.piece, update.piece.pool.given
         told: dict[str, Any] = {
             "text": piece.text,
             "tokens": piece.tokens,
@@ -143,6 +142,7 @@ class PatchForm:
             },
             "latent": detail.latent,
             "points": detail.points,
+            "point": detail.point,
             "share": detail.share,
         }
 

@@ -216,7 +216,8 @@ class Worker:
             piece = piece_of(self._engine, text.stream, event)
             detail = None
             if text.job.detail:
-                detail = explain_patch(self._model, event.pool, text.rest, text.job.settings.temperature)
+                rest = text.rest[: event.pool.given]  # none of it where the prompt was padded instead
+                detail = explain_patch(self._model, event.pool, rest, text.job.settings.temperature)
             text.rest = ()
             tokens, draws = tokens + piece.tokens, draws + piece.pool.draws
             updates.append((text.job, Update(_renumber(piece, text.row), seconds, detail)))

@@ -1,0 +1,134 @@
+"""What follows a prompt that fills no whole number of patches: three ways to begin, on held-out text (docs/sampling.md).
+
+    nextvec demo
+    OMP_NUM_THREADS=1 python benchmarks/prompt_remainder.py runs/demo/calm --data runs/demo/data/shards/valid
+
+A prompt of P whole patches and r more tokens, r = 1 .. K - 1, cut from the beginning of a held-out document, is continued by
+ORDER tokens at temperature 1, SAMPLES times, and scored by Brier-1 .. ORDER against the text as it goes on:
+
+* nextvec: of N to 4 N draws of the next patch those that begin with the r tokens; where none does, `left`.
+* left: pads before the text, so that it ends at the end of a patch; every patch then holds other tokens than in training.
+* middle: pads after the text, in the last patch, and new text after the pads (the authors' code).
+* whole: the same prompts without their last r tokens, scored on the tokens from there: the same length of new text, with
+  nothing left over. Not an answer to the question, but what the model is worth where it does not arise.
+
+Standard errors are over documents; `met` is the share of prompts whose r tokens a draw began with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextvec.files import write_json
+from nextvec.model.calm import Calm
+from nextvec.rundir import load_run
+from nextvec.sampling.engine import Engine
+from nextvec.sampling.explain import next_patch
+from nextvec.sampling.settings import Sampling
+from nextvec.scoring.brier import brier_scores
+from nextvec.text.shards import TokenShards
+
+CANDIDATES = Sampling.candidates
+ORDER = 4
+SAMPLES = 16
+WAYS = ("nextvec", "left", "middle", "whole")
+
+
+def prompts(shards: TokenShards, size: int, rest: int, count: int, seed: int) -> list[tuple[int, list[int], list[int]]]:
+    """(document, prompt, the ORDER tokens after it), from the beginnings of documents."""
+    generator = torch.Generator().manual_seed(seed)
+    usable = [d for d in range(shards.documents) if len(shards.document(d)) > 12 * size]
+    found = []
+    for turn in range(count):
+        document = usable[turn % len(usable)]
+        ids = shards.document(document).tolist()
+        end = size * int(torch.randint(8, min(64, len(ids) // size - 2), (), generator=generator)) + rest
+        found.append((document, ids[:end], ids[end : end + ORDER]))
+    return found
+
+
+def continuations(model: Calm, asked: Sequence[list[int]], seed: int, pad: int) -> Tensor:
+    """Texts (prompts, SAMPLES, ORDER); end-of-text is a token like any other."""
+    longest = max(map(len, asked)) // model.patch_size + 4
+    engine = Engine(model, eos_id=-1, pad_id=pad, slots=64, capacity=longest, packed=True)
+    for index, prompt in enumerate(asked):
+        engine.add(prompt, Sampling(1.0, max_tokens=ORDER, seed=seed), samples=SAMPLES, row=index * SAMPLES)
+    rows: dict[int, list[int]] = {}
+    while len(engine):
+        for event in engine.step():
+            rows.setdefault(event.row, []).extend(event.tokens)
+    return torch.tensor([rows[row] for row in sorted(rows)]).unflatten(0, (-1, SAMPLES))
+
+
+def score(model: Calm, shards: TokenShards, rest: int, way: str, count: int, seed: int) -> dict[str, Any]:
+    size = model.patch_size
+    eos, pad = shards.manifest.eos_id, shards.manifest.pad_id
+    boundary = [eos] + [pad] * (size - 1)
+    places = prompts(shards, size, rest, count, seed)
+    asked, targets = [], []
+    for _, prompt, after in places:
+        whole = prompt[: len(prompt) - rest]
+        if way == "left":
+            # the boundary, pads, and the text so that it ends a patch
+            asked.append(boundary + [pad] * (size - rest) + prompt)
+        elif way == "middle":
+            asked.append(boundary + prompt + [pad] * (size - rest))
+        else:
+            asked.append(boundary + (whole if way == "whole" else prompt))
+        targets.append((prompt[len(whole) :] + after)[:ORDER] if way == "whole" else after)
+    text_NSn = continuations(model, asked, seed, pad)
+    target_Nn = torch.tensor(targets)
+    values_Nn = brier_scores(text_NSn.transpose(0, 1), target_Nn, torch.ones_like(target_Nn, dtype=torch.bool)).double()
+    mean_n = values_Nn.mean(0)
+    documents = torch.tensor([document for document, _, _ in places])
+    sums = torch.stack([(values_Nn[documents == d] - mean_n).sum(0) for d in documents.unique()])
+    return {
+        "rest": rest,
+        "way": way,
+        "brier": (100 * mean_n).tolist(),
+        "stderr": (100 * sums.square().sum(0).sqrt() / len(places)).tolist(),
+        "met": _met(model, places, seed, eos, pad) if way == "nextvec" else None,
+    }
+
+
+def _met(model: Calm, places: Sequence[tuple[int, list[int], list[int]]], seed: int, eos: int, pad: int) -> float:
+    """Share of prompts whose rest at least one of N draws begins with."""
+    votes = [next_patch(model, prompt, 1.0, CANDIDATES, seed, eos_id=eos, pad_id=pad) for _, prompt, _ in places]
+    rests = [len(prompt) % model.patch_size for _, prompt, _ in places]
+    return sum(vote.matched == rest for vote, rest in zip(votes, rests, strict=True)) / len(places)
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="continuations of prompts that end inside a patch")
+    parser.add_argument("run", type=Path, help="a CALM")
+    parser.add_argument("--data", type=Path, required=True, help="held-out shards")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args(arguments)
+    model = load_run(chosen.run).model
+    assert isinstance(model, Calm)
+    shards = TokenShards.open(chosen.data)
+    rows = []
+    for rest in range(1, model.patch_size):
+        for way in WAYS:
+            row = score(model, shards, rest, way, chosen.prompts, chosen.seed)
+            rows.append(row)
+            orders = "  ".join(
+                f"{mean:5.2f} ± {error:.2f}" for mean, error in zip(row["brier"], row["stderr"], strict=True)
+            )
+            met = "" if row["met"] is None else f"  met {row['met']:.0%}"
+            print(f"r = {rest}  {way:<10} Brier-1..{ORDER} x 100: {orders}{met}", flush=True)
+    if chosen.json:
+        write_json(chosen.json, {"prompts": chosen.prompts, "samples": SAMPLES, "seed": chosen.seed, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
