@@ -282,6 +282,7 @@ def house_table() -> str:
         "rundir.py",
         "card.py",
         "reference",
+        "serve",
         "report",
         "demo",
         "sweep",

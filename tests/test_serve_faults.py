@@ -235,8 +235,11 @@ def test_bad_requests_are_answered_in_the_shape_of_the_api_and_leave_nothing_beh
         chunked = server.raw()
         chunked.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
         block = b"%x\r\n" % (1 << 15) + b"x" * (1 << 15) + b"\r\n"
-        chunked.sendall(block * 3)
+        chunked.sendall(block * 3 + b"0\r\n\r\n")
         assert read_answer(chunked)[0] == 413
+        endless = server.raw()
+        endless.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n{")
+        assert read_answer(endless)[0] == 413
         for line in (
             b"GARBAGE\r\n\r\n",
             b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n",

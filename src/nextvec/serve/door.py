@@ -15,6 +15,7 @@ from nextvec.serve.logs import LOGGER, event
 from nextvec.serve.metrics import Metrics
 from nextvec.serve.settings import ServeSettings
 
+SWALLOWED = 8  # times the largest body is read, not kept: a client that still sends would not see the answer
 OPEN = ("/", "/health", "/metrics")  # without a key; they hold no text and do no work
 
 
@@ -78,7 +79,7 @@ class Door:
         limit = self._settings.body_bytes
         too_large = ApiError(413, f"a request has at most {limit:,} bytes here: send less at once")
         told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if int(told) > limit:  # h11 has checked that it is a number
+        if int(told) > SWALLOWED * limit:  # h11 has checked that it is a number
             raise too_large
         parts, size = [], 0
         try:
@@ -87,11 +88,14 @@ class Door:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > limit:
+                    part = message.get("body", b"")
+                    size += len(part)
+                    more = message.get("more_body", False)
+                    if size > SWALLOWED * limit or (size > limit and not more):
                         raise too_large
-                    if not message.get("more_body", False):
+                    if size <= limit:
+                        parts.append(part)
+                    if not more:
                         return b"".join(parts)
         except TimeoutError:
             raise ApiError(

@@ -18,6 +18,7 @@ from nextvec.sampling.engine import Pool
 from nextvec.sampling.explain import Candidate, hold_vote
 
 SHOWN = 12  # candidates that are told one by one
+POINTS = 400  # draws that are projected at most
 
 
 class PatchDetail(NamedTuple):
@@ -25,8 +26,9 @@ class PatchDetail(NamedTuple):
     likely, or in place of the last of them the one chosen; others: candidates, votes
     and probability of the rest together; latent: of a draw that decodes to the patch, None where the head draws tokens.
 
-    points: every draw's latent as (x, y, candidate), the projection that keeps most of their variance, `share` of it;
+    points: latents of up to POINTS draws as (x, y, candidate), the projection that keeps most of their variance, `share` of it;
     candidate is its place in `candidates`, -1 for another, -2 for a draw that does not agree with the prompt's rest.
+    point: the place in `points` of the draw whose latent is told.
     """
 
     patch: tuple[int, ...]
@@ -36,6 +38,7 @@ class PatchDetail(NamedTuple):
     others: tuple[int, int, float]
     latent: tuple[float, ...] | None
     points: tuple[tuple[float, float, int], ...]
+    point: int
     share: float
 
 
@@ -63,14 +66,19 @@ def explain_patch(model: LanguageModel, pool: Pool, rest: Sequence[int], tempera
     of_draw = [place.get(tuple(ids[size:]), -1) if keep else -2 for ids, keep in zip(drawn, kept, strict=True)]
     latent: tuple[float, ...] | None = None
     points: list[tuple[float, float]] = []
-    share = 0.0
+    share, point = 0.0, 0
     if pool.latents is not None:
         chosen = next((i for i, ids in enumerate(drawn) if kept[i] and tuple(ids[size:]) == winner), 0)
         latent = tuple(round(value, 3) for value in pool.latents[chosen].tolist())
-        points, share = project(pool.latents)
+        told = sorted(range(len(drawn)), key=lambda index: not kept[index])[
+            :POINTS
+        ]  # those that count before the others
+        points, share = project(pool.latents[told])
+        of_draw = [of_draw[index] for index in told]
+        point = told.index(chosen) if chosen in told else 0
     summed = (len(others), sum(each.votes for each in others), sum(each.probability for each in others))
     marked = tuple((x, y, where) for (x, y), where in zip(points, of_draw, strict=bool(points)))
-    return PatchDetail(pool.patch, vote.draws, vote.kept, shown, summed, latent, marked, share)
+    return PatchDetail(pool.patch, vote.draws, vote.kept, shown, summed, latent, marked, point, share)
 
 
 def project(latent_NL: Tensor) -> tuple[list[tuple[float, float]], float]:

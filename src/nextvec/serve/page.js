@@ -100,7 +100,10 @@ class Pane {
 
   // The patch whose vote tells most: several candidates, one of them with many votes.
   telling() {
-    const most = this.patches.map(({vote}) => vote && vote.candidates.length > 1 ? Math.max(...vote.candidates.map((each) => each.votes)) : 0);
+    const most = this.patches.map(({vote}) => {
+      const top = vote ? Math.max(...vote.candidates.map((each) => each.votes)) : 0;
+      return vote ? top * (vote.kept - top) : 0;
+    });
     return most.indexOf(Math.max(...most));
   }
 
@@ -202,16 +205,16 @@ function plot(patch, vote) {
   const place = (value) => size / 2 + value / reach * (size / 2 - edge);
   const svg = make("svg", {class: "plot", viewBox: `0 0 ${size} ${size}`, role: "img",
     "aria-label": `${patch.points.length} draws as points; draws of one candidate share its mark in the table`});
-  const shown = patch.points.map(([x, y, index]) => [index, place(x), size - place(y)]);
-  shown.sort((a, b) => b[0] < 0 ? 1 : a[0] < 0 ? -1 : b[0] - a[0]);
-  for (const [index, x, y] of shown) {
+  const shown = patch.points.map(([x, y, index], number) => [index, place(x), size - place(y), number === patch.point]);
+  shown.sort((a, b) => a[3] - b[3] || (b[0] < 0) - (a[0] < 0) || b[0] - a[0]);
+  for (const [index, x, y, told] of shown) {
     const point = mark(index, x, y, 3.4);
     if (index >= 0) point.append(make("title", {}, quoted(vote.candidates[index].text)));
     svg.append(point);
-    if (index >= 0 && vote.candidates[index].chosen) svg.append(make("circle", {cx: x, cy: y, r: 7, fill: "none", stroke: "var(--ink)", "stroke-width": 1.6}));
+    if (told) svg.append(make("circle", {cx: x, cy: y, r: 7.5, fill: "none", stroke: "var(--ink)", "stroke-width": 1.8}));
   }
   return make("figure", {}, make("h3", {}, "The draws"), svg, make("figcaption", {},
-    `Every draw's latent, projected to the plane that keeps most of their variance (${percent(patch.share)}). Marks as in the table; ringed: chosen; grey: other patches.`));
+    `The draws' latents, projected to the plane that keeps most of their variance (${percent(patch.share)}). Marks as in the table; grey: other patches; ringed: the latent above.`));
 }
 
 // Events of a stream, as they come.
