@@ -348,10 +348,9 @@ def test_logs_are_json_without_texts_and_keys(caplog: pytest.LogCaptureFixture) 
         read_answer(server.post("/v1/comple\x7ftions", asked))
     assert status == 200
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records if record.name == "nextvec.serve"]
-    done = [line for line in lines if line["event"] == "request"]
-    assert done[0]["request"] == headers["x-request-id"]
-    assert (done[0]["path"], done[0]["status"], done[0]["model"]) == ("/v1/completions", 200, "calm")
-    assert done[0]["completion_tokens"] == 16
+    (done,) = [line for line in lines if line.get("request") == headers["x-request-id"]]
+    assert (done["event"], done["path"], done["status"], done["model"]) == ("request", "/v1/completions", 200, "calm")
+    assert done["completion_tokens"] == 16
     everything = json.dumps(lines)
     for hidden in ("a text of mine", "halt", "secret"):
         assert hidden not in everything
