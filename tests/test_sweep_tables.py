@@ -15,6 +15,7 @@ from nextvec.cli import main
 from nextvec.errors import DataError
 from nextvec.evaluate.compare import compare
 from nextvec.report.sweep import markdown, write_page
+from nextvec.report.words import TIMES_100
 from nextvec.scoring.brier import BrierResult, Protocol, summarise
 from nextvec.sweep.tables import (
     RESAMPLES,
@@ -178,8 +179,8 @@ def test_the_markdown_and_the_page_show_the_table(tmp_path: Path) -> None:
     ]
     sweep = sweep_of(*rows, paper={"a|b": 4.7})
     text = markdown(sweep)
-    assert "| row | BrierLM | minus a|b | paper |".replace("a|b", "a\\|b") in text
-    assert "| a\\|b | 4.50 ± 0.50 |  | 4.70 | 0.45 ± 0.05 |" in text
+    assert f"| row | BrierLM | minus first | paper | Brier-1 {TIMES_100} | minus first |" in text
+    assert "| a\\|b | 4.50 ± 0.50 |  | 4.70 | 0.45 ± 0.05 |  |" in text
     assert "| <c> | 5.10 ± 0.60 | +0.60 ± 0.10 |  |" in text
     assert "2 rows times seeds are not finished yet" in text
     assert "Command: `nextvec sweep x`." in text
@@ -191,6 +192,18 @@ def test_the_markdown_and_the_page_show_the_table(tmp_path: Path) -> None:
     assert "<svg" in page
     assert "<script" not in page
     assert "src=" not in page
+
+
+RESULTS = sorted(path.parent for path in (Path(__file__).parents[1] / "docs" / "results").glob("*/sweep.json"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_the_tables_in_the_documents_are_those_of_the_results_beside_them(folder: Path) -> None:
+    """To mend a document: `nextvec report docs/results/NAME` prints its tables."""
+    text = "".join(path.read_text(encoding="utf-8") for path in folder.parents[1].glob("*.md"))
+    lines = [line for line in markdown(read_sweep_results(folder)).splitlines() if line.startswith("|")]
+    assert lines
+    assert not [line for line in lines if line not in text]
 
 
 def test_report_reads_a_folder_and_names_what_it_expects(

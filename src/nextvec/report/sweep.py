@@ -116,11 +116,12 @@ def _main_table(sweep: Sweep, stage: str) -> Table:
     if stage != "autoencoder":
         columns += [
             ("BrierLM", lambda row: _shown(row, score(row, "BrierLM"))),
-            (f"minus {first.name}", lambda row: "" if row is first else _gap(difference(first, row, "BrierLM"))),
+            ("minus first", lambda row: "" if row is first else _gap(difference(first, row, "BrierLM"))),
         ]
         columns += [("paper", lambda row: f"{paper[row.name]:.2f}" if row.name in paper else "")] if paper else []
         columns += [
             (f"Brier-1 {TIMES_100}", lambda row: _shown(row, score(row, "Brier-1"))),
+            ("minus first", lambda row: "" if row is first else _gap(difference(first, row, "Brier-1"))),
             ("Brier-2, 3, 4", lambda row: "  ".join(_shown(row, _bare(score(row, name))) for name in NAMES[1:4])),
         ]
     if losses_compare(rows):

@@ -194,7 +194,7 @@ class Ordering:
 
     better: str  # the paper's
     worse: str
-    gap: Figure  # BrierLM of `better` minus `worse` here; Brier-1 (x100) where BrierLM is not defined
+    gap: Figure  # BrierLM of `better` minus `worse` here; Brier-1 (x100) where that has no value or no error
     figure: str  # which of them
 
     @property
@@ -219,7 +219,7 @@ def orderings(sweep: Sweep) -> list[Ordering]:
                 continue
             better, worse = (first, second) if paper[first.name] > paper[second.name] else (second, first)
             gap, figure = difference(worse, better, "BrierLM"), "BrierLM"
-            if gap.value is None:
+            if gap.error is None:  # not defined, or not in every resample of the documents
                 gap, figure = difference(worse, better, "Brier-1"), "Brier-1"
             found.append(Ordering(better.name, worse.name, gap, figure))
     return found
