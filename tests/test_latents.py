@@ -13,7 +13,8 @@ from nextvec.errors import ConfigError, DataError
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.rundir import load_autoencoder
 from nextvec.text.batches import Batches
-from nextvec.text.shards import Stream, TokenShards
+from nextvec.text.layout import Stream
+from nextvec.text.shards import TokenShards
 from nextvec.train import latents
 from nextvec.train.latents import EncodedBatches, latents_folder, write_latents
 from nextvec.train.metrics import read_metrics

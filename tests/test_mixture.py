@@ -15,9 +15,10 @@ from nextvec.cli import main
 from nextvec.config import DataSettings
 from nextvec.errors import ConfigError
 from nextvec.text.batches import Batches
+from nextvec.text.layout import Stream
 from nextvec.text.mixture import BLOCK, Mixture, shares
 from nextvec.text.prepare import prepare
-from nextvec.text.shards import Stream, TokenShards
+from nextvec.text.shards import TokenShards
 from nextvec.text.tokenizer import byte_tokenizer, train_tokenizer
 
 WORDS = {"a": 40, "b": 90}  # documents of each corpus; its letter is all that it holds

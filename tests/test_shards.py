@@ -13,8 +13,9 @@ import torch
 
 from nextvec.errors import ConfigError, DataError
 from nextvec.text.batches import Batches, permute
+from nextvec.text.layout import Stream
 from nextvec.text.prepare import prepare
-from nextvec.text.shards import Packing, Stream, TokenShards, shard_dtype
+from nextvec.text.shards import Packing, TokenShards, shard_dtype
 from nextvec.text.tokenizer import byte_tokenizer, train_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -80,7 +81,26 @@ def test_many_shards_are_one_stream(tmp_path: Path) -> None:
     assert len(one.manifest.shards) == 1
     assert len(many.manifest.shards) == 50
     assert one.read(0, one.tokens).tolist() == many.read(0, many.tokens).tolist()
-    assert one.offsets.tolist() == many.offsets.tolist()
+    assert [one.document(n).tolist() for n in range(50)] == [many.document(n).tolist() for n in (*range(50),)]
+    assert many.document(7).tolist() == one.document(7).tolist()  # out of order
+
+
+def test_a_stream_over_many_shards_is_that_over_one_whatever_is_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = random_texts(random.Random(2), 60)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    one, many = make(tmp_path / "one", texts, 10**6), make(tmp_path / "many", texts, 40)
+    assert len(many.manifest.shards) > 10
+    whole = Stream(one, 4)
+    expected = whole.read(0, whole.length)
+    monkeypatch.setattr("nextvec.text.layout.CACHE", 0)
+    stream = Stream(many, 4)
+    assert stream.length == whole.length
+    for start, length in ((0, stream.length), (stream.length - 9, 9), (33, 100), (5, 1), (7, 0)):
+        assert stream.read(start, length).tolist() == expected[start : start + length].tolist()
+    assert len(stream._cached) == 1
 
 
 def test_ids_above_16_bits_are_kept(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from nextvec.hardware import Precision
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.init import initialise
 from nextvec.text.batches import Batches
-from nextvec.text.shards import Manifest, Stream, TokenShards, shard_dtype
+from nextvec.text.layout import Stream
+from nextvec.text.shards import Manifest, TokenShards, shard_dtype
 from nextvec.text.tokenizer import byte_tokenizer
 from nextvec.text.writing import ShardWriter
 from nextvec.train.compile import compile_blocks

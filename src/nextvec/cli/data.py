@@ -157,7 +157,8 @@ def _store_latents(autoencoder: Autoencoder, shards: Path) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from nextvec.text.shards import Stream, TokenShards
+    from nextvec.text.layout import Stream
+    from nextvec.text.shards import TokenShards
     from nextvec.train.latents import write_latents
 
     console = Console(stderr=True)

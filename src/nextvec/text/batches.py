@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from nextvec.errors import ConfigError
-from nextvec.text.shards import Ids, Stream
+from nextvec.text.layout import Stream
+from nextvec.text.shards import Ids
 
 ROUNDS = 8  # Feistel rounds; four already pass as random, the rest is margin at 0.3 us each
 

@@ -1,4 +1,4 @@
-"""Token shards on disk (independent of K and packing), and a stream of them laid out for a patch size.
+"""Token shards on disk, independent of K and packing.
 
 A shard directory: tokens-NNNNN.bin (raw little-endian ids, every document followed by end-of-text, no padding),
 documents-NNNNN.npy (int64 start of each document inside its shard, plus the end), manifest.json, tokenizer.json.
@@ -6,8 +6,6 @@ documents-NNNNN.npy (int64 start of each document inside its shard, plus the end
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -84,21 +82,22 @@ class TokenShards:
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
+        self._open: tuple[int, Ids] | None = None  # the shard whose documents were asked for last
         self.tokens = manifest.tokens
         self.documents = manifest.documents
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._maps: list[NDArray[Any]] = []
-        starts = [0]
-        documents: list[Ids] = []
+        starts, first = [0], [0]
         for record in manifest.shards:
             _check_size(path / record.file, record.tokens * dtype.itemsize)
             # A plain view: slicing np.memmap itself costs microseconds each time.
             self._maps.append(np.memmap(path / record.file, dtype=dtype, mode="r").view(np.ndarray))
-            documents.append(_offsets(path / record.offsets, record) + starts[-1])
+            _offsets(path / record.offsets, record)  # checked here, read again when they are needed: memory stays flat
             starts.append(starts[-1] + record.tokens)
-        self._starts = np.asarray(starts, dtype=np.int64)
-        #: (documents + 1,) start of each document in the raw stream over all shards, and the end
-        self.offsets: Ids = np.concatenate([*(d[:-1] for d in documents), self._starts[-1:]])
+            first.append(first[-1] + record.documents)
+        #: (shards + 1,) position of each shard's first token in the raw stream over all shards, and the end
+        self.starts: Ids = np.asarray(starts, dtype=np.int64)
+        self._first_documents: Ids = np.asarray(first, dtype=np.int64)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> TokenShards:
@@ -144,12 +143,20 @@ class TokenShards:
                 f"(made with {self.manifest.tokenizer[:12]}); prepare the corpus again with this tokenizer"
             )
 
+    def offsets(self, shard: int) -> Ids:
+        """(documents + 1,) start of each document of one shard inside it, and the end; read from disk."""
+        record = self.manifest.shards[shard]
+        return _offsets(self.path / record.offsets, record)
+
     def document(self, index: int) -> Ids:
         """Ids of one document, its end-of-text included."""
         if not 0 <= index < self.documents:
             raise IndexError(f"document index must be in [0, {self.documents}); got {index}")
-        start, end = self.offsets[index], self.offsets[index + 1]
-        return self.read(int(start), int(end - start))
+        shard = int(np.searchsorted(self._first_documents, index, side="right")) - 1
+        if self._open is None or self._open[0] != shard:  # documents are mostly asked for in order
+            self._open = shard, self.offsets(shard)
+        start, end = self._open[1][index - int(self._first_documents[shard]) :][:2]
+        return self.read(int(self.starts[shard] + start), int(end - start))
 
     def read(self, start: int, length: int) -> Ids:
         """`length` ids from position `start` of the raw stream over all shards.
@@ -158,10 +165,10 @@ class TokenShards:
         """
         assert 0 <= start <= start + length <= self.tokens
         out = np.empty(length, dtype=np.int64)
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         done = 0
         while done < length:
-            inside = start + done - int(self._starts[shard])
+            inside = start + done - int(self.starts[shard])
             part = self._maps[shard][inside : inside + length - done]
             out[done : done + len(part)] = part
             done += len(part)
@@ -172,64 +179,6 @@ class TokenShards:
                 f"{self.path} is damaged: it holds the id {largest}, its vocabulary has {self.manifest.vocab_size}; "
                 "run the same nextvec prepare command again"
             )
-        return out
-
-
-class Stream:
-    """The documents of a shard directory as one token stream, laid out for patches of K tokens.
-
-    aligned: each document is padded with pad_id to whole patches, so that no patch holds two documents; the padding
-    is put in while reading, shards do not know K. packed: documents follow each other (as the paper's code).
-    `length` is in tokens, a multiple of K. Raises ConfigError for a patch size below 1.
-    """
-
-    def __init__(self, shards: TokenShards, patch_size: int, packing: Packing | None = None):
-        if patch_size < 1:
-            raise ConfigError(f"patch_size must be at least 1 token; got {patch_size}")
-        self.shards = shards
-        self.patch_size = patch_size
-        self.packing: Packing = packing or shards.manifest.packing
-        if self.packing not in ("aligned", "packed"):
-            raise ConfigError(f'packing must be "aligned" or "packed"; got {self.packing!r}')
-        self._raw = shards.offsets
-        # Start of each document in the laid-out stream, and the end.
-        self._laid = self._raw
-        if self.packing == "aligned" and patch_size > 1:
-            patches = -(-np.diff(self._raw) // patch_size)
-            self._laid = np.concatenate([[0], np.cumsum(patches) * patch_size])
-        self.length = int(self._laid[-1]) // patch_size * patch_size
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what the stream is made of: tokens, tokenizer and packing. Neither K nor the folder's name."""
-        manifest = self.shards.manifest
-        identity = [manifest.tokenizer, self.packing, *(record.sha256 for record in manifest.shards)]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-    def read(self, start: int, length: int) -> Ids:
-        """`length` ids from position `start`; any offset, across documents and shards."""
-        if not 0 <= start <= start + length <= self.length:
-            raise IndexError(f"read of {length} tokens at {start} leaves the stream of {self.length}")
-        if not length:
-            return np.empty(0, dtype=np.int64)
-        if self._laid is self._raw:
-            return self.shards.read(start, length)
-        end = start + length
-        first = int(np.searchsorted(self._laid, start, side="right")) - 1
-        inside = int(self._raw[first] + start - self._laid[first])
-        if inside + length <= self._raw[first + 1]:  # within one document, the usual case: nothing to pad
-            return self.shards.read(inside, length)
-        last = int(np.searchsorted(self._laid, end, side="left"))  # one past the last document touched
-        raw, laid = self._raw[first : last + 1], self._laid[first : last + 1]
-        # Where each document's real tokens begin and end inside this window; between them lies padding.
-        begins = np.clip(laid[:-1], start, end) - start
-        ends = np.clip(laid[:-1] + np.diff(raw), start, end) - start
-        tokens = self.shards.read(min(inside, int(raw[1])), int((ends - begins).sum()))
-        edges = np.zeros(length + 1, dtype=np.int8)  # +1 where tokens begin, -1 where they end
-        np.add.at(edges, begins, 1)
-        np.add.at(edges, ends, -1)
-        out = np.full(length, self.shards.manifest.pad_id, dtype=np.int64)
-        out[np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)] = tokens
         return out
 
 

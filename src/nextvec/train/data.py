@@ -64,8 +64,9 @@ def open_data(config: RunConfig, valid: Path | None = None, eval_batches: int = 
     ConfigError when shards are missing or damaged, do not fit the model's vocabulary, or K does not divide the context.
     """
     from nextvec.text.batches import Batches, mix
+    from nextvec.text.layout import Stream
     from nextvec.text.mixture import Mixture
-    from nextvec.text.shards import Stream, TokenShards
+    from nextvec.text.shards import TokenShards
 
     assert isinstance(config, AutoencoderRun | CalmRun | TokenLMRun)
     found = [(*data_folders(part.path), part.weight) for part in config.data.corpora]

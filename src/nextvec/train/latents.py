@@ -27,8 +27,8 @@ from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.posterior import Posterior
 from nextvec.text.batches import Batches, samples
+from nextvec.text.layout import Stream
 from nextvec.text.mixture import Mixture
-from nextvec.text.shards import Stream
 from nextvec.train.checkpoint import parameters_digest
 from nextvec.train.data import Data
 
