@@ -63,6 +63,7 @@ def running(
     dtype: torch.dtype = torch.float32,
     template: str | None = None,
     models: dict[str, Calm | TokenLM] | None = None,
+    send_buffer: int | None = None,
     **options: Any,
 ) -> Iterator[Running]:
     """A CALM and a baseline, called calm and baseline, behind a socket of loopback."""
@@ -83,6 +84,8 @@ def running(
     server = make_server(build_app(served, settings, metrics), settings)
     address: list[str] = []
     with take_address(settings) as taken:
+        if send_buffer is not None:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         thread = threading.Thread(target=serve, args=(server, taken, address.append))
         thread.start()
         while not address and thread.is_alive():
