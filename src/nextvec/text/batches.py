@@ -37,6 +37,7 @@ class Batches:
                 f"the corpus in {stream.shards.path} has {stream.length} tokens, less than one window of "
                 f"{context_tokens}; use more text or a shorter context_tokens"
             )
+        stream.shards.expect_random_reads()
         self.stream = stream
         self.rows = rows
         self.context_tokens = context_tokens

@@ -6,6 +6,7 @@ documents-NNNNN.npy (int64 start of each document inside its shard, plus the end
 
 from __future__ import annotations
 
+import mmap
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -87,11 +88,14 @@ class TokenShards:
         self.documents = manifest.documents
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._maps: list[NDArray[Any]] = []
+        self._files: list[mmap.mmap] = []
         starts, first = [0], [0]
         for record in manifest.shards:
             _check_size(path / record.file, record.tokens * dtype.itemsize)
             # A plain view: slicing np.memmap itself costs microseconds each time.
-            self._maps.append(np.memmap(path / record.file, dtype=dtype, mode="r").view(np.ndarray))
+            mapped = np.memmap(path / record.file, dtype=dtype, mode="r")
+            self._files.append(mapped._mmap)  # type: ignore[attr-defined]
+            self._maps.append(mapped.view(np.ndarray))
             _offsets(path / record.offsets, record)  # checked here, read again when they are needed: memory stays flat
             starts.append(starts[-1] + record.tokens)
             first.append(first[-1] + record.documents)
@@ -142,6 +146,12 @@ class TokenShards:
                 f"the tokenizer (hash {tokenizer.hash[:12]}) does not match the shards in {self.path} "
                 f"(made with {self.manifest.tokenizer[:12]}); prepare the corpus again with this tokenizer"
             )
+
+    def expect_random_reads(self) -> None:
+        """Tell the system to read only the pages asked for, not 128 KiB around each (docs/scale.md)."""
+        if hasattr(mmap, "MADV_RANDOM"):
+            for file in self._files:
+                file.madvise(mmap.MADV_RANDOM)
 
     def offsets(self, shard: int) -> Ids:
         """(documents + 1,) start of each document of one shard inside it, and the end; read from disk."""
