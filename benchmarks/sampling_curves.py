@@ -269,7 +269,9 @@ def draw_figure(points: Points, path: Path) -> None:
         axes.set_ylabel("accuracy: chance of the true text", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-    figure.axes[0].legend(fontsize=7, loc="lower right")
+        axes.set_xlim(0, 0.7)  # all noise taken away: one patch alone, at collision 1
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=7, loc="outside lower center", ncols=4)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 

@@ -325,8 +325,28 @@ def test_samples_stop_each_for_itself() -> None:
     assert len({len(text) for text in cut}) > 1
 
 
+def test_the_centre_of_latents_is_decoded_once() -> None:
+    model = calm(3)
+    for prompt in (PROMPT[:9], PROMPT[:10]):
+        one = engine(model)
+        one.add(prompt, Sampling(candidates=8, max_tokens=30, seed=2, method="centre"), samples=2)
+        events = one.step()
+        assert len(one._rows) == 2
+        for event in events:
+            assert event.pool.latents is not None
+            assert event.pool.latents.shape == (8, 8)
+            assert event.pool.given == 0  # a rest is padded for at once
+            decoded = model.autoencoder.decode_tokens(event.pool.latents.mean(0, keepdim=True))[0]
+            assert event.pool.patch == tuple(decoded.tolist())
+        assert not torch.equal(events[0].pool.latents, events[1].pool.latents)
+
+
 def test_mistakes_are_told_at_the_call() -> None:
     model = calm(2)
+    with pytest.raises(UserError, match="method must be one of pool, centre; got 'mean'"):
+        Sampling(method="mean")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="method centre averages latents, which this model does not draw"):
+        engine(token_lm()).add([], Sampling(method="centre"))
     with pytest.raises(UserError, match="stop must be a list of texts, none of them empty"):
         stream_text(model, "a", stop=[""])
     with pytest.raises(UserError, match="stop must be a list of texts"):

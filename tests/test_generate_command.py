@@ -108,6 +108,8 @@ def test_text_beyond_the_context_of_training_is_told(
         (["calm", "--top-p", 0.5], "top_p cuts the probabilities of the next token, which a CALM does not have"),
         (["tokens", "--top-p", 0], "top_p must be in (0, 1]; got 0"),
         (["tokens", "--top-k", 0], "top_k must be at least 1; got 0"),
+        (["calm", "--method", "mean"], "method must be one of pool, centre; got 'mean'"),
+        (["tokens", "--method", "centre"], "method centre averages latents, which this model does not draw"),
         (["calm", "--stop", ""], "stop must be a list of texts, none of them empty"),
         (["calm", "-n", 0], "samples must be at least 1; got 0"),
         (

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -37,6 +37,10 @@ def generate(
     ] = None,
     temperature: Annotated[float, typer.Option(help="In (0, 1]; 1 is the model's own law.")] = 0.5,
     candidates: Annotated[int, typer.Option(help="Draws in the pool of each patch (CALM below 1).")] = 200,
+    method: Annotated[
+        str,
+        typer.Option(help="pool, or the approximation centre: decode the mean of --candidates latents (8 serve well)."),
+    ] = "pool",
     top_k: Annotated[int | None, typer.Option(help="Token baseline: only the k most likely tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Token baseline: only the most likely tokens of this probability together.")
@@ -60,7 +64,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Print a prompt and its continuation, patch by patch as it is drawn; or the texts of many prompts as they end."""
-    from nextvec.config import AutoencoderConfig, TokenLMConfig
+    from nextvec.config import AutoencoderConfig, CalmConfig, TokenLMConfig
     from nextvec.errors import ConfigError
     from nextvec.hardware import DTYPES, choose_device
     from nextvec.model.calm import Calm
@@ -71,7 +75,7 @@ def generate(
     from nextvec.sampling.stats import Stats
 
     # a bad value is told before a large model loads
-    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p)
+    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, cast(Any, method))
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision must be fp32 or bf16; got {precision!r}")
     if samples < 1:
@@ -85,7 +89,8 @@ def generate(
         raise ConfigError(
             f"{run} is an autoencoder, which has no next patch to draw: give the run of a calm or token_lm"
         )
-    settings.check_model(isinstance(kind, TokenLMConfig))
+    latents = isinstance(kind, CalmConfig) and kind.head.kind != "autoregressive"
+    settings.check_model(isinstance(kind, TokenLMConfig), latents)
     with _target(jsonl) as write:
         loaded = load_run(run, choose_device(device), DTYPES["bf16" if precision == "bf16" else "fp32"])
         change_solver(loaded, solver, steps)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nextvec.model.interface import LanguageModel
+from nextvec.sampling.approximate import centre
 from nextvec.sampling.pools import PlaceDecoder, choose_patch
 from nextvec.sampling.settings import Law
 from nextvec.sampling.temperature import Generators, batch_temperature, condition, count_equal, sample_logits
@@ -56,10 +57,12 @@ def draw_patches(model: LanguageModel, state_BD: Tensor, law: Law, generators: S
     if isinstance(model, HasLogits):
         logits_BV = model.logits(state_BD)
         return Drawn(sample_logits(logits_BV, law.temperature, generators, law.top_k, law.top_p)[:, None], 1, None)
-    single = law.temperature == 1
+    single = law.temperature == 1 and law.method == "pool"
     draws = 1 if single else law.candidates
     if isinstance(model, HasLatents) and model.has_latents:
         latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
+        if law.method == "centre":
+            return Drawn(model.autoencoder.decode_tokens(centre(latent_BNL)), draws, None, latent_BNL)
         choice = choose_patch(model.autoencoder, latent_BNL, model.patch_size, law.temperature, generators)
         return Drawn(choice.patch, draws, None if single else choice.copies, latent_BNL)
     token_BNK = torch.stack([model.draw_tokens(state_BD[row], draws, each) for row, each in enumerate(generators)])
@@ -94,6 +97,11 @@ class Grown(NamedTuple):
     tokens: Tensor
     latents: Tensor | None
     agreeing: int
+
+
+def has_latents(model: LanguageModel) -> bool:
+    """Whether the model draws latents, which a decoder turns into patches."""
+    return isinstance(model, HasLatents) and model.has_latents
 
 
 def grow_pool(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -14,6 +14,9 @@ from nextvec.sampling.temperature import check_pool, check_temperature
 Finish = Literal["eos", "length", "stop"]  # the model ended the text, max_tokens was reached, a stop string appeared
 
 
+Method = Literal["pool", "centre"]  # the batch sampler; decode the mean of the candidates' latents (approximate.py)
+
+
 class Law(NamedTuple):
     """What the next patch is drawn by; rows of one law are drawn together."""
 
@@ -21,6 +24,7 @@ class Law(NamedTuple):
     candidates: int
     top_k: int | None
     top_p: float | None
+    method: Method = "pool"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Sampling:
     seed: int = 0  # row i draws from a generator seeded by (seed, i)
     top_k: int | None = None  # keep the k most likely tokens; models with likelihoods alone
     top_p: float | None = None  # keep the fewest most likely tokens that have this probability; likewise
+    method: Method = (
+        "pool"  # "centre" is an approximation: `candidates` (8 serve well) are the temperature, which is not used
+    )
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -40,15 +47,22 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1; got {value}")
+        if self.method not in get_args(Method):
+            raise UserError(f"method must be one of {', '.join(get_args(Method))}; got {self.method!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1]; got {self.top_p:g}: 1 keeps every token")
 
     @property
     def law(self) -> Law:
-        return Law(self.temperature, self.candidates, self.top_k, self.top_p)
+        return Law(self.temperature, self.candidates, self.top_k, self.top_p, self.method)
 
-    def check_model(self, has_likelihoods: bool) -> None:
+    def check_model(self, has_likelihoods: bool, has_latents: bool) -> None:
         """Raise UserError where a model of this kind cannot be drawn from so."""
+        if self.method == "centre" and not has_latents:
+            raise UserError(
+                "method centre averages latents, which this model does not draw: leave it out, or take a CALM whose head "
+                "draws latents"
+            )
         if has_likelihoods:
             return
         for name in ("top_k", "top_p"):
@@ -57,7 +71,8 @@ class Sampling:
                     f"{name} cuts the probabilities of the next token, which a CALM does not have: leave it out and take a "
                     "lower temperature, or use the token baseline"
                 )
-        check_pool(self.temperature, self.candidates)
+        if self.method == "pool":
+            check_pool(self.temperature, self.candidates)
 
 
 def row_generator(seed: int, row: int, device: torch.device) -> torch.Generator:

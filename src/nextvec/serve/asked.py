@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 
-from nextvec.sampling.draw import HasLogits
+from nextvec.sampling.draw import HasLogits, has_latents
 from nextvec.sampling.settings import Sampling
 from nextvec.serve.errors import ApiError
 from nextvec.serve.models import Served
@@ -93,7 +93,7 @@ def asked_job(
         raise ApiError(
             400, f"candidates is at most {settings.candidates} here; got {sampling.candidates}", param="candidates"
         )
-    sampling.check_model(isinstance(served.model, HasLogits))
+    sampling.check_model(isinstance(served.model, HasLogits), has_latents(served.model))
     longest = max(map(len, prompts))
     if longest + max_tokens > served.context:
         raise ApiError(
