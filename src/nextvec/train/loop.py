@@ -71,6 +71,7 @@ def train(
     out = Path(out)
     place = choose_device(device)
     world = open_world(place)
+    resume = world.share(resume)  # restarted by torchrun, each has looked for a run by itself
     notes: list[str] = []
     if world.first:
         check_out(out, resume)
