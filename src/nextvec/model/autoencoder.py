@@ -74,8 +74,8 @@ class Autoencoder(nn.Module):
     def decode_tokens(self, z_NL: Tensor) -> Tensor:
         """Most likely token at each place, (..., L) -> (..., K) int64: the argmax of exact logits of `decode_hidden`.
 
-        Exact also where the model is bf16, whose own logits are rounded so far that the argmax is another token in about
-        1 % of draws (docs/sampling.md). Logits exist for one chunk of rows at a time.
+        Exact also where the model is bf16, whose own logits are rounded so far that the argmax is another one at about
+        1 % of the tokens (docs/sampling.md). Logits exist for one chunk of rows at a time.
         """
         config, vocabulary = self.config, self.vocabulary()
         rows = max(1, 4 * CHUNK_ELEMENTS // (config.patch_size * config.inner))

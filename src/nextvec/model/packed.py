@@ -1,7 +1,7 @@
 """Linear layers whose bf16 weights lie in memory as the processor's matrix instructions read them.
 
 torch rearranges a bf16 matrix at every product. For a batch that is small change; for the single row of a generation step it
-is most of the time (measured: 2.3 to 3.4 times, docs/sampling.md). The arithmetic is the same, bit for bit.
+is most of the time (measured: 1.4 to 3.1 times, docs/sampling.md). The arithmetic is the same, bit for bit.
 """
 
 from __future__ import annotations
