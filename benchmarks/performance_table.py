@@ -1,6 +1,6 @@
 """The tables of docs/performance.md from what `nextvec bench ... --json` wrote.
 
-python benchmarks/performance_table.py benchmarks/results/*.json
+python benchmarks/performance_table.py docs/results/bench/*.json
 """
 
 from __future__ import annotations
