@@ -17,11 +17,13 @@ import yaml
 
 from nextvec.cli import main
 from nextvec.errors import ConfigError, DataError
+from nextvec.report.sweep import markdown
 from nextvec.sweep.estimate import Rates
 from nextvec.sweep.folder import LOCK, begin, check_begun, held, open_folder
 from nextvec.sweep.plan import Vocabulary, assumed_vocabulary, digest, flops_per_token, make_jobs, tokens_per_step
 from nextvec.sweep.run import Progress, run_sweep
 from nextvec.sweep.spec import SweepSpec, named, read_spec, shipped
+from nextvec.sweep.tables import read_sweep_results
 from nextvec.train.metrics import read_metrics
 
 SMALL = {"context_tokens": 64, "rows": 2}
@@ -294,15 +296,23 @@ def test_a_row_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
 
 def test_a_row_that_diverges_is_a_result_and_the_others_go_on(work: Path, tmp_path: Path) -> None:
     data = {**SPEC["data"], "source": str(work / "texts")}
-    rows = [{"name": "wild", "baseline.optim.name": "adamw", "baseline.optim.lr": 1e30}, {"name": "tame"}]
+    rows = [
+        {"name": "wild", "baseline.optim.name": "adamw", "baseline.optim.lr": 1e30},
+        {"name": "no latent", "stage": "lm", "autoencoder.optim.name": "adamw", "autoencoder.optim.lr": 1e30},
+        {"name": "tame"},
+    ]
     spec = spec_of(data=data, rows=rows, stage="baseline", seeds=[0])
-    assert run_sweep(spec, tmp_path / "out", device="cpu", say=ignore, show=False) == Progress(2, 0, 0)
+    assert run_sweep(spec, tmp_path / "out", device="cpu", say=ignore, show=False) == Progress(3, 0, 0)
     results = {
         path.parts[-3]: json.loads(path.read_text()) for path in (tmp_path / "out").glob("rows/*/*/*/result.json")
     }
-    assert results["wild"]["failed"].startswith("training stopped at step ")
-    assert results["wild"]["brier"] is None
+    for name in ("wild", "no-latent"):
+        assert results[name]["failed"].startswith("training ")
+        assert results[name]["brier"] is None
     assert results["tame"]["failed"] is None
+    text = markdown(read_sweep_results(tmp_path / "out"))
+    assert "wild failed: training stopped at step" in text
+    assert "| no latent | failed |" in text
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -126,19 +127,19 @@ class _Sitting:
         self.command, self.say, self.show = command, say, show
 
     def run(self, job: Job) -> str:
-        """Train, score, write result.json; returns one line for the reader."""
+        """Train, score, write result.json; returns one line for the reader. Its autoencoder may fail, too."""
         folder = self.out / job.folder
         begin(folder, job)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        encoder = self.autoencoder(job) if job.autoencoder is not None else None
-        failed = None
+        failed, scores = None, dict[str, Any]()
         try:
-            self._train(job.run, folder, encoder)
+            self._train(job.run, folder, self.autoencoder(job) if job.autoencoder is not None else None)
+            scores = self._scores(job, folder)
         except (ConfigError, DataError):
             raise
-        except UserError as error:  # the loss is not finite: that is a finding, and the other rows go on
+        except UserError as error:  # something is not finite: that is a finding, and the other rows go on
             failed = str(error).partition(";")[0]
-        result = self._result(job, folder, failed, load)
+        result = {**self._record(job, folder, load), "failed": failed, **scores}
         write_json(folder / RESULT, result)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return _line(result)
@@ -187,13 +188,16 @@ class _Sitting:
             generator=torch.Generator(self.device).manual_seed(SCORING_SEED),
             tokenizer_hash=self.corpus.tokenizer.hash,
         )
+        if not (math.isfinite(found.sigma) and math.isfinite(found.kl)):
+            raise UserError("training left an autoencoder whose latents are not finite")
         return {"training": _training(folder), "reconstruction": found.to_dict()}
 
-    def _result(self, job: Job, folder: Path, failed: str | None, load: float | None) -> dict[str, Any]:
-        """Everything that tables and readers need of a finished row."""
-        asked = self.spec.evaluate
-        rows = read_metrics(folder)
-        result: dict[str, Any] = {
+    def _record(self, job: Job, folder: Path, load: float | None) -> dict[str, Any]:
+        """What tables and readers need of a row beside its scores."""
+        found = None
+        if job.autoencoder is not None and (path := self.out / job.autoencoder_folder / RECONSTRUCTION).is_file():
+            found = _short(read_json(path, "autoencoder's figures"))
+        return {
             "format": FORMAT,
             "nextvec": __version__,
             "command": self.command,
@@ -205,24 +209,21 @@ class _Sitting:
             "steps": job.run.train.steps,
             **_training(folder),
             "flops_per_token": flops_per_token(job.run),
-            "failed": failed,
             "brier": None,
-            "autoencoder": None,
-            "held_out": [row for row in rows if row["kind"] == "eval"],
+            "autoencoder": found,
+            "held_out": [row for row in read_metrics(folder) if row["kind"] == "eval"],
             "identity": job.identity,
             "machine": {**environment().to_dict(), "load_average": load},
         }
-        if job.autoencoder is not None:
-            found = read_json(self.out / job.autoencoder_folder / RECONSTRUCTION, "autoencoder's figures")
-            result["autoencoder"] = _short(found)
-        if failed is not None:
-            return result
+
+    def _scores(self, job: Job, folder: Path) -> dict[str, Any]:
+        """The figures of a trained row. Raises UserError where they are not finite."""
         if isinstance(job.run, AutoencoderRun):
-            result["autoencoder"] = _short(self._reconstruction(folder))
-            return result
+            return {"autoencoder": _short(self._reconstruction(folder))}
         model = load_run(folder, self.device).model
         assert not isinstance(model, Autoencoder)
-        result["brier"] = evaluate_brier(
+        asked = self.spec.evaluate
+        found = evaluate_brier(
             model,
             self.corpus.held_out,
             context_tokens=asked.context_tokens,
@@ -230,8 +231,8 @@ class _Sitting:
             draws=asked.draws,
             generator=torch.Generator(self.device).manual_seed(SCORING_SEED),
             tokenizer_hash=self.corpus.tokenizer.hash,
-        ).to_dict()
-        return result
+        )
+        return {"brier": found.to_dict()}
 
 
 def _training(folder: Path) -> dict[str, Any]:
