@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextvec.files import write_json
+from nextvec.files import check_target, write_json
 from nextvec.model.calm import Calm
 from nextvec.rundir import load_run
 from nextvec.sampling.engine import Engine
 from nextvec.sampling.explain import next_patch
 from nextvec.sampling.settings import Sampling
 from nextvec.scoring.brier import brier_scores
+from nextvec.scoring.clusters import cluster_ratio
 from nextvec.text.shards import TokenShards
 
 CANDIDATES = Sampling.candidates
@@ -85,14 +86,14 @@ def score(model: Calm, shards: TokenShards, rest: int, way: str, count: int, see
     text_NSn = continuations(model, asked, seed, pad)
     target_Nn = torch.tensor(targets)
     values_Nn = brier_scores(text_NSn.transpose(0, 1), target_Nn, torch.ones_like(target_Nn, dtype=torch.bool)).double()
-    mean_n = values_Nn.mean(0)
     documents = torch.tensor([document for document, _, _ in places])
-    sums = torch.stack([(values_Nn[documents == d] - mean_n).sum(0) for d in documents.unique()])
+    found = cluster_ratio(values_Nn, torch.ones_like(target_Nn, dtype=torch.bool), documents)
+    assert found.covariance is not None, "one document has no spread"
     return {
         "rest": rest,
         "way": way,
-        "brier": (100 * mean_n).tolist(),
-        "stderr": (100 * sums.square().sum(0).sqrt() / len(places)).tolist(),
+        "brier": (100 * found.mean).tolist(),
+        "stderr": (100 * found.covariance.diagonal().sqrt()).tolist(),
         "met": _met(model, places, seed, eos, pad) if way == "nextvec" else None,
     }
 
@@ -113,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
+    check_target(chosen.json)
     model = load_run(chosen.run).model
     assert isinstance(model, Calm)
     shards = TokenShards.open(chosen.data)

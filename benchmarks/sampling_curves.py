@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextvec.files import atomic_path, write_json
+from nextvec.files import atomic_path, check_target, write_json
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import load_run
@@ -39,6 +39,7 @@ from nextvec.sampling.generate import generate
 from nextvec.sampling.pools import choose_patch
 from nextvec.sampling.settings import Sampling, row_generator
 from nextvec.sampling.temperature import pool_probabilities
+from nextvec.scoring.clusters import cluster_ratio
 from nextvec.text.shards import TokenShards
 
 POOLS, CANDIDATES = 4, 200
@@ -92,10 +93,9 @@ class Tally:
 
 def _summary(rows: list[tuple[int, float, float, float, float]]) -> dict[str, float]:
     values = torch.tensor([row[1:] for row in rows], dtype=torch.float64)
-    mean = values.mean(0)
-    documents = torch.tensor([row[0] for row in rows])
-    sums = torch.stack([(values[documents == d] - mean).sum(0) for d in documents.unique()])
-    error = sums.square().sum(0).sqrt() / len(rows)
+    found = cluster_ratio(values, torch.ones_like(values, dtype=torch.bool), torch.tensor([row[0] for row in rows]))
+    assert found.covariance is not None, "one document has no spread"
+    mean, error = found.mean, found.covariance.diagonal().sqrt()
     names = ("token_accuracy", "token_collision", "pair_accuracy", "pair_collision")
     return dict(zip(names, mean.tolist(), strict=True)) | {
         f"{name}_stderr": value for name, value in zip(names, error.tolist(), strict=True)
@@ -286,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--longest", type=int, default=256, help="tokens of a context at most")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
+    check_target(chosen.json)
+    check_target(chosen.svg)
     calm, baseline = (load_run(chosen.demo / name).model for name in ("calm", "baseline"))
     assert isinstance(calm, Calm)
     assert isinstance(baseline, TokenLM)
