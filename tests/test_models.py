@@ -81,7 +81,7 @@ def test_states_are_causal() -> None:
 
 
 def test_split_head_equals_the_published_unsplit_layer() -> None:
-    """l1([LayerNorm(x); c]) with one 2D -> D matrix, as the authors write it (spec section 3)."""
+    """l1([LayerNorm(x); c]) with one 2D -> D matrix, as the authors write it (docs/method.md)."""
     head = calm().head
     generator = torch.Generator().manual_seed(2)
     state = torch.randn(5, 24, generator=generator, dtype=torch.float64)

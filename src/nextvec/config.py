@@ -34,7 +34,7 @@ R = TypeVar("R", bound="ModelRun")
 
 
 class AutoencoderConfig(Config):
-    """Patch autoencoder: K tokens <-> one latent of `latent` dimensions (paper section 3.1, spec 1)."""
+    """Patch autoencoder: K tokens <-> one latent of `latent` dimensions (paper section 3.1, docs/method.md)."""
 
     vocab_size: Positive  # tokens
     patch_size: Positive = 4  # K, tokens per patch [P]
@@ -70,7 +70,7 @@ class AutoencoderConfig(Config):
 
 
 class BackboneConfig(Config):
-    """Llama-style causal Transformer over patches (spec 2); over tokens for the baseline."""
+    """Llama-style causal Transformer over patches (docs/method.md); over tokens for the baseline."""
 
     layers: Positive = 12  # blocks
     width: Positive = 768  # D
@@ -129,7 +129,7 @@ class CalmConfig(Config):
 
 
 class TokenLMConfig(Config):
-    """Token-Transformer baseline on the same blocks (spec 7); input and output embeddings untied [D from the 281M count]."""
+    """Token-Transformer baseline on the same blocks (docs/cost.md); input and output embeddings untied [D from the 281M count]."""
 
     kind: Literal["token_lm"] = "token_lm"
     vocab_size: Positive
@@ -144,7 +144,7 @@ ModelConfig: TypeAlias = AutoencoderConfig | CalmConfig | TokenLMConfig
 
 
 class EnergySettings(Config):
-    """Energy loss (spec 4)."""
+    """Energy loss (docs/method.md)."""
 
     draws: Annotated[int, Field(ge=2)] = 8  # S, model draws per position [P]
     teacher: Literal["exact", "sampled"] = "exact"  # exact: closed form over the posterior [D]; sampled: the paper's
@@ -200,7 +200,7 @@ class DataSettings(Config):
 
 
 class OptimSettings(Config):
-    """AdamW, or Muon for the hidden matrices with AdamW for the rest; and the rate schedule (spec 8)."""
+    """AdamW, or Muon for the hidden matrices with AdamW for the rest; and the rate schedule (docs/method.md)."""
 
     name: Literal["adamw", "muon"] = "muon"  # [D]: leaves the energy loss's plateau, docs/log.md; the paper: adamw
     lr: Annotated[float, Field(gt=0)] = 3e-3  # peak rate of AdamW [D]; the paper, with adamw for everything: 3e-4

@@ -11,7 +11,7 @@ from nextvec.settings import CHOICE, Config, Positive
 
 
 class EnergyHeadConfig(Config):
-    """Energy head: one network pass per draw (spec 3)."""
+    """Energy head: one network pass per draw (docs/method.md)."""
 
     kind: Literal["energy"] = "energy"
     noise: Positive = 64  # dimensions of the uniform noise on [-0.5, 0.5] [C]
@@ -19,7 +19,7 @@ class EnergyHeadConfig(Config):
 
 
 class FlowHeadConfig(Config):
-    """Flow-matching head: a velocity field, integrated from noise to a latent (spec 3)."""
+    """Flow-matching head: a velocity field, integrated from noise to a latent (docs/method.md)."""
 
     kind: Literal["flow"] = "flow"
     blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
@@ -39,7 +39,7 @@ class FlowHeadConfig(Config):
 
 
 class DiffusionHeadConfig(Config):
-    """Diffusion head: predicts the noise and a variance at TIMES steps of the cosine schedule (spec 3)."""
+    """Diffusion head: predicts the noise and a variance at TIMES steps of the cosine schedule (docs/method.md)."""
 
     kind: Literal["diffusion"] = "diffusion"
     blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]

@@ -1,6 +1,6 @@
 """Configurations by name. Each is a function whose docstring says what evidence there is for it.
 
-Sizes of the paper are those of its main table (spec section 7), with the vocabulary of Llama 3; "reported" figures are
+Sizes of the paper are those of its main table (docs/cost.md), with the vocabulary of Llama 3; "reported" figures are
 the paper's own, counted without the autoencoder, and BrierLM is on WikiText-103.
 """
 

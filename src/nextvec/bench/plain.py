@@ -26,7 +26,7 @@ Metrics = dict[str, Tensor]
 
 
 def energy_score(draws_SNL: Tensor, mean_NL: Tensor, log_std_NL: Tensor, eps_MNL: Tensor, alpha: float = 1.0) -> Tensor:
-    """Spec section 4 with every difference in memory, (N,); in float32, as the spec asks."""
+    """The energy loss (docs/method.md) with every difference in memory, (N,); in float32."""
     with torch.autocast(draws_SNL.device.type, enabled=False):
         draws = wide(draws_SNL)
         teacher_MNL = mean_NL + log_std_NL.exp() * eps_MNL

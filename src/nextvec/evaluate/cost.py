@@ -1,6 +1,6 @@
 """Cost accounting: floating-point operations per token of text, part by part, and parameters as the paper counts them.
 
-Multiply-adds count as 2, per token of text (spec 7): dense weights 2 per weight used, attention scores and mixing
+Multiply-adds count as 2, per token of text (docs/cost.md): dense weights 2 per weight used, attention scores and mixing
 4 * layers * D * context, everything of a step divided by K, training = 3 x forward for what is trained. Norms, biases,
 activations, softmax and the loss are not counted. Two columns: `published`, the head as the paper's cost has it (the
 first linear of a block sees the draw and the state, in every draw), and `split`, ours: the state's half of it runs

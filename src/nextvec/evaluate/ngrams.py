@@ -57,7 +57,7 @@ def draw_ngrams(
     """S independent n-grams of `order` tokens after each context ids[:, :s], s = first, first + stride, .., T.
 
     Every model is asked at the same starts, whatever its patch size: `stride` is the K of the comparison. Where one
-    patch is shorter than the n-gram, patches are chained, each drawn given the previous drawn one (spec 5): the model
+    patch is shorter than the n-gram, patches are chained, each drawn given the previous drawn one (docs/method.md): the model
     reads the text once, and each further patch of each draw costs one pass over many starts together.
 
     With `scored` a chain is grown only as long as it can matter to a Brier score, which asks whether a draw equals the

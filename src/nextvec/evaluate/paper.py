@@ -1,4 +1,4 @@
-"""The paper's table of parameters, operations and BrierLM (its table 1, spec 7) beside our own count of the same models."""
+"""The paper's table of parameters, operations and BrierLM (its table 1, docs/cost.md) beside our own count of the same models."""
 
 from __future__ import annotations
 

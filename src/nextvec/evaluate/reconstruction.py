@@ -1,4 +1,4 @@
-"""How well a trained autoencoder reads its patches back, and how much its latent carries (spec 1).
+"""How well a trained autoencoder reads its patches back, and how much its latent carries (docs/method.md).
 
 Legend: N patches, K tokens per patch, L latent dimensions, Q accuracies.
 """

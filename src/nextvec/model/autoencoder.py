@@ -122,7 +122,7 @@ class Autoencoder(nn.Module):
         return self._vocabulary[1]
 
     def loss(self, ids_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss per patch: K * cross-entropy + beta * sum_i max(clip, KL_i), of one posterior draw (spec section 1).
+        """Loss per patch: K * cross-entropy + beta * sum_i max(clip, KL_i), of one posterior draw (docs/method.md).
 
         Without `variational` the latent is the mean, and the KL term is left out.
         In training mode tokens and latents are dropped; in evaluation mode neither, so figures are those of a plain draw.

@@ -31,7 +31,7 @@ class Trunk:
 
 
 class Backbone(nn.Module):
-    """Llama-style blocks and a final RMSNorm (spec section 2): (B, P, D) -> states (B, P, D)."""
+    """Llama-style blocks and a final RMSNorm (docs/method.md): (B, P, D) -> states (B, P, D)."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ class SwiGLU(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """x + mlp(rmsnorm(x)): the autoencoder's block (spec section 1)."""
+    """x + mlp(rmsnorm(x)): the autoencoder's block (docs/method.md)."""
 
     def __init__(self, width: int, inner: int, eps: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where each published tensor lies in our model: names and layouts, both ways (spec section 9).
+"""Where each published tensor lies in our model: names and layouts, both ways (docs/parity.md).
 
 A published tensor is a block of rows of one of ours (query, key and value share one matrix; so do gate and up), or several of
 ours side by side (a head block's first layer, which we keep as its draw half and its state half). So one table serves both

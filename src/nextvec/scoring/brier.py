@@ -1,4 +1,4 @@
-"""BrierLM: a strictly proper score of a language model from its draws alone (paper section 4, spec 5). Torch only.
+"""BrierLM: a strictly proper score of a language model from its draws alone (paper section 4, docs/method.md). Torch only.
 
 Legend: S model draws, N scored positions, n tokens of the longest n-gram (the order, 1..4).
 """
@@ -133,7 +133,7 @@ def brier_scores(
     """Unbiased estimates of Brier-1..n at every position; higher is better.
 
     Brier-k = 2 P(y) - sum_x P(x)^2 = P(x = y) + P(x' = y) - P(x = x'), in [-1, 1], for the first k tokens y of the
-    target and independent draws x, x'. From S draws (spec 5):
+    target and independent draws x, x'. From S draws (docs/method.md):
 
     all_pairs: (2/S) sum_s 1{x_s = y} - (2/(S(S-1))) sum_{s<t} 1{x_s = x_t}; all draws, least variance.
     two_draws: the paper's 1{x = y} + 1{x' = y} - 1{x = x'} on the first two draws; the same expectation.
@@ -214,7 +214,7 @@ def brier_lm_of(mean_n: Tensor) -> Tensor:
 def summarise(values_Nn: Tensor, valid_Nn: Tensor, document_N: Tensor, protocol: Protocol) -> BrierResult:
     """Averages over positions, BrierLM, and their standard errors clustered by document.
 
-    BrierLM = 100 (Brier-1 Brier-2 Brier-3 Brier-4)^(1/4) of the position averages (spec 5). The averages are unbiased;
+    BrierLM = 100 (Brier-1 Brier-2 Brier-3 Brier-4)^(1/4) of the position averages (docs/method.md). The averages are unbiased;
     the geometric mean of them is consistent. Its standard error is the delta method's, g^T C g with
     g_k = BrierLM / (4 Brier-k) and C the clustered covariance of the four averages.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from nextvec.config import EnergySettings
 
 DELTA_FROM = 128  # latent dimensions from which the two-term expansion (3e-5) is as good as the quadrature, and cheaper
-NODES, LOW, HIGH = 12, -7.0, 5.0  # trapezoid nodes in log t for the quadrature: 1e-4 or better (spec section 4)
+NODES, LOW, HIGH = 12, -7.0, 5.0  # trapezoid nodes in log t for the quadrature: 1e-4 or better (docs/method.md)
 
 
 class EnergyLoss(NamedTuple):

@@ -28,7 +28,7 @@ _CPU_ATTENTION = {  # torch counts the GPU's fused attention but not the CPU's
 def count_flops(work: Callable[[], object]) -> int:
     """Operations of the matrix products in one eager call of `work`, backward passes included; a multiply-add is 2.
 
-    Attention counts as dense (the causal half is not taken off), as in spec 7.
+    Attention counts as dense (the causal half is not taken off), as in docs/cost.md.
     """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         work()

@@ -1,4 +1,4 @@
-"""Optimisers, their parameter groups, and the rate schedule as a pure function (spec 8)."""
+"""Optimisers, their parameter groups, and the rate schedule as a pure function (docs/method.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network of the flow and diffusion heads: an MLP on a noisy latent, modulated by the state and the time (spec section 3).
+"""The network of the flow and diffusion heads: an MLP on a noisy latent, modulated by the state and the time (docs/method.md).
 
 Legend: S draws, N positions (any leading dimensions), D width, L latent, O outputs.
 """

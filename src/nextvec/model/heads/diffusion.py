@@ -1,4 +1,4 @@
-"""Diffusion head: predicts the noise in a latent, and the variance of a step back (spec section 3).
+"""Diffusion head: predicts the noise in a latent, and the variance of a step back (docs/method.md).
 
 Legend: S draws, N positions (any leading dimensions), D width, L latent.
 """

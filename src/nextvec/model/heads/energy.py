@@ -1,4 +1,4 @@
-"""Energy head: one network pass turns uniform noise and a backbone state into a draw (spec section 3).
+"""Energy head: one network pass turns uniform noise and a backbone state into a draw (docs/method.md).
 
 Legend: S draws, N positions (any leading dimensions), D width, L latent, R noise dimensions.
 """
@@ -74,7 +74,7 @@ class EnergyHead(nn.Module):
         return self.out(F.silu(self.out_in(self.norm(x))))
 
     def loss(self, state_ND: Tensor, target: Posterior, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
-        """Mean energy loss of S draws against the posterior, and its two terms apart (a plateau shows in them, spec 8)."""
+        """Mean energy loss of S draws against the posterior, and its two terms apart, which show a plateau (docs/method.md)."""
         draws_SNL = self.draw(state_ND, self.score.draws, generator)
         score = energy_score_loss(draws_SNL, target.mean, target.log_std, self.score, generator)
         metrics = {

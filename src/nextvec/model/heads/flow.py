@@ -1,4 +1,4 @@
-"""Flow-matching head: a velocity field from noise to the teacher's latents, and its solvers (spec section 3).
+"""Flow-matching head: a velocity field from noise to the teacher's latents, and its solvers (docs/method.md).
 
 Legend: S draws, N positions (any leading dimensions), D width, L latent.
 """

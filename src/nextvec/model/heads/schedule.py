@@ -1,4 +1,4 @@
-"""The cosine noise schedule of the diffusion head: tables by step (Nichol and Dhariwal, Improved DDPM; spec section 3)."""
+"""The cosine noise schedule of the diffusion head: tables by step (Nichol and Dhariwal, Improved DDPM; docs/method.md)."""
 
 from __future__ import annotations
 
