@@ -129,7 +129,7 @@ class CalmConfig(Config):
 
 
 class TokenLMConfig(Config):
-    """Token-Transformer baseline on the same blocks (docs/cost.md); input and output embeddings untied [D from the 281M count]."""
+    """Token-Transformer baseline on the same blocks; input and output embeddings untied [D from the 281M count]."""
 
     kind: Literal["token_lm"] = "token_lm"
     vocab_size: Positive
