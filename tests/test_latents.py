@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,14 @@ def test_an_autoencoder_of_another_tokenizer_is_refused_before_any_work(
     assert command(monkeypatch, *words) != 0
     assert "was trained with another tokenizer" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "other").exists()
+
+
+def test_the_benchmark_measures_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "stored_latents.py"))
+    found["main"](["--config", "calm-tiny", "--repeats", "2", "--json", str(tmp_path / "found.json"), "data.rows=1"])
+    figures = json.loads((tmp_path / "found.json").read_text())
+    assert figures["seconds"].keys() == {"encode", "stored"}
+    assert figures["bytes_per_token"] == pytest.approx(
+        4 * 64 / 4, rel=0.01
+    )  # mean and log_std of L = 64 in float16, K = 4
+    assert "bytes per token" in capsys.readouterr().out
