@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nextvec import hardware
+from nextvec import hardware, process
 from nextvec.errors import ConfigError
 from nextvec.train.compile import compile_blocks, compile_regions_of
 from nextvec.train.flops import count_flops
@@ -230,3 +232,35 @@ def test_operations_by_hand() -> None:
     forward = count_flops(lambda: attend(query, query, query, is_causal=True).detach())
     assert forward == 4 * 64 * 64 * 2 * 16
     assert count_flops(lambda: attend(query, query, query, is_causal=True).sum().backward()) == 3.5 * forward
+
+
+@pytest.mark.parametrize(
+    ("running", "cores", "spin"), [((1,), 2, "3000"), ((2,), 2, "300"), ((2, 1), 2, "3000"), ((3,), 16, "3000")]
+)
+def test_waiting_threads_spin_longer_on_an_idle_machine(
+    monkeypatch: pytest.MonkeyPatch, running: tuple[int, ...], cores: int, spin: str
+) -> None:
+    seen = itertools.cycle(running)  # processes that want to run, this one among them, at one moment after the other
+    monkeypatch.setattr(
+        process, "open", lambda *_, **__: io.StringIO(f"9.50 9.10 8.75 {next(seen)}/94 3313\n"), raising=False
+    )
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    process.yield_waiting_threads()
+    assert os.environ["GOMP_SPINCOUNT"] == spin
+
+
+def test_waiting_threads_spin_as_the_user_says_and_briefly_where_the_system_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    process.yield_waiting_threads()
+    assert os.environ["GOMP_SPINCOUNT"] == "77"
+    monkeypatch.setattr(process, "open", _missing, raising=False)
+    assert process.busy()
+
+
+def _missing(*_: object, **__: object) -> io.StringIO:
+    raise FileNotFoundError

@@ -1,4 +1,4 @@
-"""Settings of the process that decide how fast a CPU works: waiting threads sleep early, freed memory is kept for reuse.
+"""Settings of the process that decide how fast a CPU works: how long waiting threads spin, freed memory kept for reuse.
 
 Nothing here imports torch, so that the command line can call it first.
 """
@@ -8,20 +8,38 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 
+SPIN_ALONE, SPIN_SHARED = 3000, 300  # rounds that a waiting thread spins
 KEEP_BELOW = 32 << 20  # bytes: the largest threshold that glibc takes; larger blocks go back to the system when freed
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _USUAL = 128 << 10  # glibc's own start for both thresholds
 
 
 def yield_waiting_threads() -> None:
-    """Let OpenMP threads that wait for each other sleep early. Before torch is imported; the user's own setting wins.
+    """Choose how long OpenMP threads that wait for each other spin before they sleep, by whether the machine is busy.
 
-    By default libgomp's threads spin for milliseconds; on a machine that does something else as well they then burn the time that
-    the thread waited for needs. Measured: 20 times slower (docs/log.md). An idle machine hardly notices.
+    Before torch is imported; the user's own setting wins. A training step of small products has thousands of places where
+    threads meet. On an idle machine threads that sleep there cost up to half of the step; on one that does something else as
+    well, threads that spin burn the time that the thread waited for needs: libgomp's own 300,000 rounds up to a factor of
+    20 (docs/log.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "300")
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_SHARED if busy() else SPIN_ALONE))
+
+
+def busy(samples: int = 5, pause: float = 0.002) -> bool:
+    """Whether more than one process in eight cores wants to run beside this one, at each of a few moments; True where
+    the system does not say."""
+    others = []
+    for _ in range(samples):
+        try:
+            with open("/proc/loadavg", encoding="ascii") as file:
+                others.append(int(file.read().split()[3].partition("/")[0]) - 1)
+        except (OSError, ValueError, IndexError):
+            return True
+        time.sleep(pause)
+    return 8 * min(others) > (os.cpu_count() or 1)
 
 
 def keep_freed_memory(keep: bool = True) -> None:
