@@ -120,15 +120,18 @@ def test_a_config_of_another_head_than_the_file_holds(tmp_path: Path, said: str,
         convert(source, tmp_path / "run")
 
 
-def test_a_head_that_was_never_published_has_no_published_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("own", "what"), [({"head": AutoregressiveHeadConfig()}, "autoregressive head"), ({"input": "both"}, "input both")]
+)
+def test_what_was_never_published_has_no_published_format(tmp_path: Path, own: dict[str, Any], what: str) -> None:
     model = CalmConfig(
         autoencoder=AutoencoderConfig(vocab_size=259, width=8, inner=12, latent=6),
         backbone=BackboneConfig(layers=1, width=8, inner=12, heads=2),
-        head=AutoregressiveHeadConfig(),
+        **own,
     )
     config = CalmRun(data=DataSettings(path="shards"), model=model)
     save_run(tmp_path / "run", config, build_model(config, torch.Generator().manual_seed(0)), byte_tokenizer())
-    with pytest.raises(ConfigError, match="has the autoregressive head, which the published format does not know"):
+    with pytest.raises(ConfigError, match=f"has the {what}, which the published format does not know"):
         convert_back(tmp_path / "run", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

@@ -184,7 +184,10 @@ AUTOREGRESSIVE = TINY.model_copy(update={"head": AutoregressiveHeadConfig(blocks
 WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
 
 
-@pytest.mark.parametrize("config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE])
+WITH_INPUTS = [TINY.override(input=form) for form in ("latents", "both")]
+
+
+@pytest.mark.parametrize("config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, *WITH_INPUTS])
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = Calm(config)
@@ -244,6 +247,21 @@ def test_operations_are_those_that_torch_counts():
     assert counted(lambda: model.draw_tokens(state, 4, g)) == pytest.approx(
         (many.head + many.autoencoder + many.vocabulary) * tokens
     )
+
+
+@pytest.mark.parametrize("config", WITH_INPUTS, ids=lambda config: config.input)
+def test_operations_of_models_that_read_latents_are_those_that_torch_counts(config):
+    """At inference a patch is encoded when it is read; in training it is encoded as a target anyway."""
+    model, patches, g = Calm(config).eval(), 7, torch.Generator().manual_seed(0)
+    ids = torch.zeros(1, patches, 3, dtype=torch.long)
+    found = calm_cost(config, context=patches).inference_split
+    with torch.no_grad():
+        assert counted(lambda: model.draw_tokens(model.states(ids), 1, g)) == pytest.approx(found.total * 3 * patches)
+    assert calm_cost(config).training.autoencoder == calm_cost(TINY).training.autoencoder
+    encoder = calm_cost(TINY).training.autoencoder
+    assert found.autoencoder == pytest.approx(calm_cost(TINY).inference.autoencoder + encoder)
+    autoregressive = AUTOREGRESSIVE.override(input=config.input)
+    assert calm_cost(autoregressive).inference.autoencoder == encoder
 
 
 @pytest.mark.parametrize("config", WITH_HEADS, ids=lambda config: f"{config.head.kind} {config.head.solver}")

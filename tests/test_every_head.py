@@ -1,4 +1,4 @@
-"""Every verb with every head, tiny and end to end: train, resume, score, continue a prompt, count, measure."""
+"""Every verb with every head and input form, tiny and end to end: train, resume, score, continue a prompt, count, measure."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ HEADS = {
     "diffusion": {"kind": "diffusion", "blocks": 1, "teacher_draws": 2, "solver": "dpm++", "steps": 4},
     "autoregressive": {"kind": "autoregressive"},
 }
+FORMS = {"energy reads latents": ("energy", "latents"), "autoregressive reads both": ("autoregressive", "both")}
+MODELS = {name: {"head": head} for name, head in HEADS.items()} | {
+    name: {"head": HEADS[head], "input": form} for name, (head, form) in FORMS.items()
+}
 OBJECTIVES = {"energy": "energy", "flow": "flow", "diffusion": "diffusion", "autoregressive": "cross_entropy"}
 SETTINGS = {
     "data": {"context_tokens": 32, "rows": 2},
@@ -36,14 +40,14 @@ SETTINGS = {
     "train": {"steps": 16, "log_every": 4, "eval_every": 8, "precision": "fp32"},
 }
 TIMES = ("seconds", "cpu_seconds", "tokens_per_s", "share", "memory_bytes")
-every_head = pytest.mark.parametrize("head", HEADS)
+every_model = pytest.mark.parametrize("name", MODELS)
 with_solver = pytest.mark.parametrize("head", ["flow", "diffusion"])
 without_solver = pytest.mark.parametrize("head", ["energy", "autoregressive"])
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of a tiny corpus, an autoencoder, and a trained run of every head with the recipe `fast`."""
+    """Shards of a tiny corpus, an autoencoder, and a trained run of every model with the recipe `fast`."""
     work = tmp_path_factory.mktemp("heads")
     (work / "text").mkdir()
     for index in range(30):
@@ -52,13 +56,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare([str(work / "text")], byte_tokenizer(), work / "shards", valid_fraction=0.2, workers=1)
     model = {"patch_size": 2, "width": 16, "inner": 24, "latent": 8}
     (work / "ae.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": model}))
-    for name, head in HEADS.items():
-        model = {"backbone": {"layers": 1, "width": 16, "inner": 32, "heads": 2}, "head": head}
+    for name, own in MODELS.items():
+        model = {"backbone": {"layers": 1, "width": 16, "inner": 32, "heads": 2}, **own}
         (work / f"{name}.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": model}))
     with pytest.MonkeyPatch.context() as patch:
         words = ["train", "autoencoder", "--config", work / "ae.yaml", "--data", work / "shards", "--out", work / "ae"]
         assert command(patch, *words, "--device", "cpu") == 0
-        for name in HEADS:
+        for name in MODELS:
             assert train(patch, work, name, work / name) == 0
     return work
 
@@ -71,8 +75,8 @@ def command(patch: pytest.MonkeyPatch, *words: object) -> int:
     return int(stop.value.code or 0)
 
 
-def train(patch: pytest.MonkeyPatch, work: Path, head: str, out: Path, *more: str) -> int:
-    words = ["train", "lm", "--config", work / f"{head}.yaml", "--data", work / "shards", "--out", out]
+def train(patch: pytest.MonkeyPatch, work: Path, name: str, out: Path, *more: str) -> int:
+    words = ["train", "lm", "--config", work / f"{name}.yaml", "--data", work / "shards", "--out", out]
     return command(patch, *words, "--autoencoder", work / "ae", "--device", "cpu", *more)
 
 
@@ -88,28 +92,35 @@ def rows(run: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(run)]
 
 
-@every_head
-def test_training_logs_its_loss_and_writes_a_run(work: Path, head: str) -> None:
-    trained = [row for row in read_metrics(work / head) if row["kind"] == "train"]
-    held_out = [row for row in read_metrics(work / head) if row["kind"] == "eval"]
+def head_of(name: str) -> str:
+    return FORMS[name][0] if name in FORMS else name
+
+
+@every_model
+def test_training_logs_its_loss_and_writes_a_run(work: Path, name: str) -> None:
+    head = head_of(name)
+    trained = [row for row in read_metrics(work / name) if row["kind"] == "train"]
+    held_out = [row for row in read_metrics(work / name) if row["kind"] == "eval"]
     for row in trained:
         assert row["loss"] == pytest.approx(row[OBJECTIVES[head]] + row["auxiliary"], rel=1e-5)
     assert trained[-1][OBJECTIVES[head]] < trained[0][OBJECTIVES[head]] + (1.0 if head == "energy" else 0.0)
     assert {OBJECTIVES[head], "conditioning_gap"} <= held_out[-1].keys()
-    card = (work / head / "README.md").read_text(encoding="utf-8")
+    card = (work / name / "README.md").read_text(encoding="utf-8")
     assert f"| head | {head}, 1 blocks" in card
     assert (f"draws in {HEADS[head].get('steps')} steps of" in card) is (head in ("flow", "diffusion"))
-    model = load_run(work / head).model
+    model = load_run(work / name).model
     assert isinstance(model, Calm)
     assert model.config.head.kind == head
+    assert model.config.input == MODELS[name].get("input", "tokens")
+    assert ("| input | the tokens of a patch |" in card) is (name not in FORMS)
 
 
-@every_head
+@every_model
 def test_the_recipe_paper_interrupted_and_resumed_equals_uninterrupted(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert train(monkeypatch, work, head, whole, "recipe.name=paper") == 0
+    assert train(monkeypatch, work, name, whole, "recipe.name=paper") == 0
     original = Batches.batch
 
     def batch(self: Batches, index: int) -> torch.Tensor:
@@ -119,7 +130,7 @@ def test_the_recipe_paper_interrupted_and_resumed_equals_uninterrupted(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "batch", batch)
-        assert train(patch, work, head, cut, "recipe.name=paper") == 130
+        assert train(patch, work, name, cut, "recipe.name=paper") == 130
     again = ["train", "lm", "--out", cut, "--resume", "--autoencoder", work / "ae", "--device", "cpu"]
     assert command(monkeypatch, *again) == 0
     before, after = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
@@ -128,14 +139,14 @@ def test_the_recipe_paper_interrupted_and_resumed_equals_uninterrupted(
     assert rows(whole) == rows(cut)
 
 
-@every_head
+@every_model
 def test_brier_lm_generation_and_operations(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     out = tmp_path / "eval.json"
     words = [
         "eval",
-        work / head,
+        work / name,
         "--data",
         work / "shards" / "valid",
         "--draws",
@@ -147,30 +158,31 @@ def test_brier_lm_generation_and_operations(
     ]
     assert command(monkeypatch, *words) == 0
     result = json.loads(out.read_text())
-    assert result["head"]["kind"] == head
+    assert result["head"]["kind"] == head_of(name)
     assert len(result["brier"]["brier"]) == 4
     texts = []
     for temperature in (1.0, 0.5, 1.0):
         capsys.readouterr()
-        words = ["generate", work / head, "--prompt", "def f(x", "--temperature", temperature, "--candidates", 6]
+        words = ["generate", work / name, "--prompt", "def f(x", "--temperature", temperature, "--candidates", 6]
         assert command(monkeypatch, *words, "--max-tokens", 12, "--seed", 3) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[2]
     assert all(text.startswith("def f(x") for text in texts)
-    assert command(monkeypatch, "flops", work / head, "--json") == 0
+    assert command(monkeypatch, "flops", work / name, "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["inference_flops_per_token"] > 0
 
 
-@every_head
+@every_model
 def test_bench_measures_its_training_step(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
+    head = head_of(name)
     monkeypatch.setattr(run, "square_rates", functools.partial(limits.square_rates, sides=(16,)))
     monkeypatch.setattr(memory, "peak_bytes", memory.measure)
     monkeypatch.setattr(limits, "BURST", 1e-5)
     out = tmp_path / "bench.json"
-    words = ["bench", "train", "--config", work / f"{head}.yaml", "--repeats", 1, "--seconds", 1e-6, "--device", "cpu"]
+    words = ["bench", "train", "--config", work / f"{name}.yaml", "--repeats", 1, "--seconds", 1e-6, "--device", "cpu"]
     words += ["model.autoencoder.vocab_size=259", "model.autoencoder.patch_size=2", "model.autoencoder.width=16"]
     assert command(monkeypatch, *words, "--no-plain", "--json", out) == 0
     found = json.loads(out.read_text())
@@ -179,6 +191,8 @@ def test_bench_measures_its_training_step(
     assert ("energy loss" in found["breakdown"]) is (head == "energy")
     if head != "energy":
         assert f"this model the {head} head: --no-plain" in refused(monkeypatch, capsys, *words)
+    elif name in FORMS:
+        assert "this model has the input latents: --no-plain" in refused(monkeypatch, capsys, *words)
 
 
 @with_solver
@@ -227,12 +241,12 @@ def test_a_head_without_a_solver_says_so(
     assert "holds a Autoencoder, which has no head: leave --solver and --steps out" in told
 
 
-@every_head
+@every_model
 def test_the_likelihood_bound_is_for_heads_of_latents(
-    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    words = ["bound", work / head, "--data", work / "shards" / "valid", "--draws", 2, "--patches", 8]
-    if head == "autoregressive":
+    words = ["bound", work / name, "--data", work / "shards" / "valid", "--draws", 2, "--patches", 8]
+    if head_of(name) == "autoregressive":
         assert "draws no latent to integrate over; its exact value is the cross_entropy" in refused(
             monkeypatch, capsys, *words
         )

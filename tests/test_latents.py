@@ -12,7 +12,7 @@ import yaml
 
 from nextvec.cli import main
 from nextvec.errors import ConfigError, DataError
-from nextvec.model.autoencoder import Autoencoder
+from nextvec.model.autoencoder import Autoencoder, Posterior
 from nextvec.rundir import load_autoencoder
 from nextvec.text.batches import Batches
 from nextvec.text.layout import Stream
@@ -140,6 +140,37 @@ def test_training_from_stored_latents(
     assert len(energies[0]) == 3
     assert energies[1] != energies[0]
     assert energies[1] == pytest.approx(energies[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("head", ["energy", "autoregressive"])
+def test_stored_latents_are_read_as_input_too(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    """A head of tokens has no use for them without. Without stored ones, a step encodes its patches once."""
+    assert command(monkeypatch, *prepare(work), "--latents", work / "ae") == 0
+    capsys.readouterr()
+    if head == "autoregressive":
+        more = [f"model.head.kind={head}", "data.latents=true"]
+        assert command(monkeypatch, *train(work, "lm", tmp_path / "none", *more)) != 0
+        assert "learns from latents or whose input holds them" in " ".join(capsys.readouterr().err.split())
+    encoded: list[int] = []
+    original = Autoencoder.encode
+
+    def encode(self: Autoencoder, ids: torch.Tensor) -> Posterior:
+        encoded.append(ids[..., 0].numel())
+        return original(self, ids)
+
+    monkeypatch.setattr(Autoencoder, "encode", encode)
+    losses, calls = [], []
+    for stored in ("false", "true"):
+        more = [f"model.head.kind={head}", "model.input=latents", f"data.latents={stored}", "train.eval_every=0"]
+        encoded.clear()
+        assert command(monkeypatch, *train(work, "lm", tmp_path / stored, *more)) == 0
+        losses.append([row["loss"] for row in read_metrics(tmp_path / stored) if row["kind"] == "train"])
+        calls.append(encoded.count(3 * 15))
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert calls[0] - calls[1] == 6  # all patches of a batch at once, in each of its steps
 
 
 @pytest.mark.parametrize("verb", ["autoencoder", "baseline"])

@@ -27,8 +27,8 @@ def lively(model: torch.nn.Module) -> torch.nn.Module:
     return model.double().eval().requires_grad_(False)
 
 
-def calm() -> Calm:
-    model = lively(Calm(CONFIG))
+def calm(form: str = "tokens") -> Calm:
+    model = lively(Calm(CONFIG.override(input=form)))
     assert isinstance(model, Calm)
     return model
 
@@ -43,7 +43,14 @@ def ids(rows: int, patches: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 61, (rows, patches, size), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("model", [calm(), token_lm()], ids=["calm", "token_lm"])
+every_model = pytest.mark.parametrize(
+    "model",
+    [calm(), calm("latents"), calm("both"), token_lm()],
+    ids=["calm", "calm of latents", "calm of both", "token_lm"],
+)
+
+
+@every_model
 def test_cached_states_equal_uncached_for_every_split(model: Calm | TokenLM) -> None:
     tokens = ids(2, 9, model.patch_size)
     whole = model.states(tokens)
@@ -57,7 +64,7 @@ def test_cached_states_equal_uncached_for_every_split(model: Calm | TokenLM) -> 
         model.states(tokens[:, :1], cache)
 
 
-@pytest.mark.parametrize("model", [calm(), token_lm()], ids=["calm", "token_lm"])
+@every_model
 def test_branches_equal_running_each_prefix_alone(model: Calm | TokenLM) -> None:
     tokens, first, second = (ids(2, 6, model.patch_size, seed) for seed in range(3))
     state, trunk = model.trunk(tokens)
@@ -69,6 +76,32 @@ def test_branches_equal_running_each_prefix_alone(model: Calm | TokenLM) -> None
         alone = model.states(sequence)
         torch.testing.assert_close(one[:, p], alone[:, p + 1], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(two[:, p], alone[:, p + 2], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["tokens", "latents", "both"])
+def test_the_compressor_reads_tokens_the_posterior_mean_or_both_side_by_side(form: str) -> None:
+    model, tokens = calm(form), ids(2, 5, 4)
+    compressor, latent = model.compressor, model.autoencoder.encode(tokens).mean
+    first, (_, second, norm) = compressor.project[0], compressor.project[1:]
+    columns, read, bias = [], [], []
+    if compressor.embedding is not None:
+        columns, read, bias = [first.weight], [compressor.embedding(tokens).flatten(-2)], [first.bias]
+    if compressor.latent_in is not None:
+        columns, read = [*columns, compressor.latent_in.weight], [*read, latent]
+        bias = bias or [compressor.latent_in.bias]
+    assert [matrix.shape[1] for matrix in columns] == {"tokens": [96], "latents": [12], "both": [96, 12]}[form]
+    hidden = F.silu(F.linear(torch.cat(read, -1), torch.cat(columns, -1), *bias))
+    expected = F.layer_norm(second(hidden), (24,), norm.weight, norm.bias, 1e-6)
+    torch.testing.assert_close(compressor(tokens, latent), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(model.states(tokens), model.backbone(expected), rtol=1e-11, atol=1e-11)
+    given = model.states(tokens, latent_BPL=latent + 1)
+    assert torch.equal(given, model.states(tokens)) is (form == "tokens")
+
+
+def test_the_default_input_has_the_parameters_that_it_always_had() -> None:
+    """Also in this order: it is the order in which fresh parameters are drawn."""
+    names = [name for name, _ in Calm(CONFIG).compressor.named_parameters()]
+    assert names == ["embedding.weight"] + [f"project.{n}.{kind}" for n in (0, 2, 3) for kind in ("weight", "bias")]
 
 
 def test_states_are_causal() -> None:

@@ -218,7 +218,7 @@ def test_the_shipped_sets_cover_the_paper() -> None:
     assert {"patch", "latent", "kl-weight", "kl-clip", "dropout", "autoencoder-size", "autoencoder-kind"} <= set(
         named(["small"])
     )
-    assert {"draws", "teacher", "alpha", "head", "head-depth", "optimisers"} <= set(named(["small"]))
+    assert {"draws", "teacher", "alpha", "head", "head-depth", "input", "optimisers"} <= set(named(["small"]))
     assert {f"paper-{name}" for name in named(["small"]) if name != "optimisers"} == set(named(["paper"]))
     with pytest.raises(ConfigError, match="unknown spec 'drawz'; did you mean 'draws'"):
         read_spec("drawz")

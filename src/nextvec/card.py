@@ -25,6 +25,11 @@ KINDS = {
     "calm": "a continuous autoregressive language model (CALM), which predicts the next vector of K tokens",
     "token_lm": "a token Transformer, the baseline that CALM is compared with",
 }
+INPUTS = {
+    "tokens": "the tokens of a patch",
+    "latents": "the latent of a patch, the posterior's mean",
+    "both": "the tokens of a patch and its latent, the posterior's mean",
+}
 
 
 def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained: Mapping[str, Any]) -> str:
@@ -50,6 +55,7 @@ def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained
         f"| optimiser | {_optimiser(config.optim)} |",
     ]
     if isinstance(config, CalmRun):
+        lines.append(f"| input | {INPUTS[config.model.input]} |")
         lines.append(f"| head | {_head(config)} |")
         lines.append(f"| recipe | {config.recipe.name}; {_loss(config)} |")
     known = ("kind", "step", "tokens", "seconds", "cpu_seconds")

@@ -108,6 +108,12 @@ class CalmConfig(Config):
     autoencoder: AutoencoderConfig
     backbone: BackboneConfig
     head: HeadConfig = EnergyHeadConfig()
+    input: Literal["tokens", "latents", "both"] = "tokens"  # what the backbone reads of a patch [P]
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the backbone's input holds the latents of the patches read."""
+        return self.input != "tokens"
 
     @property
     def patch_size(self) -> int:

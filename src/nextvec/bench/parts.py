@@ -147,11 +147,9 @@ def training_places(module: Any) -> list[Place]:
     if isinstance(module, objectives.TokenLMTraining | plain.TokenLMTraining):
         loss = (objectives, "linear_cross_entropy") if ours else (plain, "vocabulary_loss")
         return [(model, "states", BACKBONE), (model.embedding, "forward", VOCABULARY), (*loss, VOCABULARY)]
-    places = [
-        (model, "states", BACKBONE),
-        (model.compressor.embedding, "forward", VOCABULARY),
-        (model, "teacher", AUTOENCODER),
-    ]
+    places = [(model, "states", BACKBONE), (model, "teacher", AUTOENCODER)]
+    if model.compressor.embedding is not None:
+        places.append((model.compressor.embedding, "forward", VOCABULARY))
     if not ours:
         places += [(model, "draw_latents", HEAD), (plain, "energy_score", ENERGY)]
         places += [(plain, "head_noise", HEAD), (plain, "teacher_noise", ENERGY)]
@@ -172,6 +170,7 @@ def sampling_places(model: Calm | TokenLM) -> list[Place]:
     decoder = model.autoencoder
     decoding = ("decode_tokens", "decode_stem", "decode_place", "decode_hidden")
     places += [(decoder, name, AUTOENCODER) for name in decoding]
+    places.append((model, "teacher", AUTOENCODER))  # encodes what a model of latents reads
     return [*places, (decoder.vocabulary(), "argmax", VOCABULARY), (model.head, "draw", HEAD)]
 
 

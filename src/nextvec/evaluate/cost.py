@@ -33,7 +33,7 @@ class Parts:
     """One figure per part of a model."""
 
     embedding: float = 0  # a lookup: parameters, no operations
-    compressor: float = 0  # K token embeddings -> backbone input
+    compressor: float = 0  # K token embeddings, the latent or both -> backbone input
     attention: float = 0  # projections, scores, mixing
     mlp: float = 0
     head: float = 0  # S draws in training
@@ -151,15 +151,19 @@ def calm_cost(
 
     `context`: patches attended; `draws`: S, the model's or (flow, diffusion) the teacher's; `candidates`: draws taken and
     decoded per step at inference (1: plain sampling; N of the batch temperature sampler); `auxiliary`: count the
-    cross-entropy of the `fast` recipe in training.
+    cross-entropy of the `fast` recipe in training. A model that reads latents encodes each patch at inference, too.
     """
     K, D, V = config.patch_size, config.backbone.width, config.vocab_size
     attention, mlp = backbone_operations(config.backbone, context)
-    compressor = 2 * (K * D * 2 * D + 2 * D * D)
+    tokens, latents = config.input != "latents", config.reads_latents
+    read = tokens * K * D + latents * config.autoencoder.latent  # numbers that the compressor reads of a patch
+    compressor = 2 * (read * 2 * D + 2 * D * D)
     encoder, decoder = _autoencoder(config.autoencoder)
+    reading = encoder if latents else 0
     logits = 2 * K * V * config.autoencoder.width
     if isinstance(config.head, AutoregressiveHeadConfig):  # neither learns from latents nor draws them
-        encoder = decoder = logits = draws = 0
+        encoder = reading
+        decoder = logits = draws = 0
 
     def inference(split: bool) -> Parts:
         head = head_cost(config, split)
@@ -168,7 +172,7 @@ def calm_cost(
             attention=attention,
             mlp=mlp,
             head=head.once + candidates * head.per_draw,
-            autoencoder=candidates * decoder,
+            autoencoder=reading + candidates * decoder,
             vocabulary=candidates * logits + head.vocabulary_once + candidates * head.vocabulary_per_draw,
         ).scaled(1 / K)
 
@@ -179,15 +183,15 @@ def calm_cost(
             attention=TRAINED * attention,
             mlp=TRAINED * mlp,
             head=TRAINED * (head.trained_once + draws * head.trained_per_draw),
-            autoencoder=encoder,  # frozen: forward only
+            autoencoder=encoder,  # frozen: forward only; a patch that is input and target is encoded once
             vocabulary=TRAINED * head.trained_vocabulary,
             auxiliary=TRAINED * 2 * (D * K * D + K * D * V) if auxiliary else 0,
         ).scaled(1 / K)
 
     parameters = _backbone_parameters(
         config.backbone,
-        embedding=V * D,
-        compressor=(K + 1) * 2 * D * D + 3 * D + 2 * D,  # two linears with biases, LayerNorm
+        embedding=tokens * V * D,
+        compressor=(read + D) * 2 * D + 3 * D + 2 * D,  # two linears with biases, LayerNorm
         head=head_parameters(config),
         autoencoder=_autoencoder_parameters(config.autoencoder),
     )

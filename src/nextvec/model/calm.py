@@ -2,7 +2,9 @@
 
     ids_BPK -> embedding, compressor -> x_BPD -> backbone -> state_BPD -> head -> draws_SBPL -> autoencoder -> tokens_SBPK
 
-The autoencoder is part of the model and frozen; the input is the discrete tokens, not the latent (paper section 3.3).
+The autoencoder is part of the model and frozen. The input is the discrete tokens of a patch, not its latent (paper section 3.3);
+for the paper's ablation `config.input` takes the latent, or both. That latent is always the posterior's mean of the patch's
+tokens, also of a patch that was drawn: a state depends on the text alone, whoever wrote it (docs/method.md).
 Legend: B batch, P patches, K tokens per patch, D width, L latent, S draws, V vocabulary, N any leading dimensions.
 """
 
@@ -30,20 +32,40 @@ COMPRESSOR_EPS = 1e-6  # LayerNorm epsilon of the authors' code
 
 
 class Compressor(nn.Module):
-    """K token embeddings concatenated -> linear -> SiLU -> linear -> LayerNorm: (..., K) ids -> (..., D)."""
+    """K token embeddings concatenated -> linear -> SiLU -> linear -> LayerNorm: (..., K) ids -> (..., D).
 
-    def __init__(self, vocab_size: int, patch_size: int, width: int) -> None:
+    Where latents are read, (..., L), they stand beside the embeddings or in their place: `latent_in` holds their columns of
+    the first linear.
+    """
+
+    def __init__(self, config: CalmConfig) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, width)
+        width, latent = config.backbone.width, config.autoencoder.latent
+        tokens = config.input != "latents"
+        self.embedding = nn.Embedding(config.vocab_size, width) if tokens else None
         self.project = nn.Sequential(
-            nn.Linear(patch_size * width, 2 * width),
+            nn.Linear(config.patch_size * width, 2 * width) if tokens else nn.Identity(),
             nn.SiLU(),
             nn.Linear(2 * width, width),
             nn.LayerNorm(width, eps=COMPRESSOR_EPS),
         )
+        self.latent_in = nn.Linear(latent, 2 * width, bias=not tokens) if config.reads_latents else None
 
-    def forward(self, ids_NK: Tensor) -> Tensor:
-        return self.project(self.embedding(ids_NK).flatten(-2))
+    def forward(self, ids_NK: Tensor, latent_NL: Tensor | None = None) -> Tensor:
+        if self.latent_in is None:
+            return self.project(self._embedded(ids_NK))
+        assert latent_NL is not None, "this compressor reads latents"
+        x = self.latent_in(latent_NL.to(self.latent_in.weight.dtype))
+        of_tokens, *rest = self.project
+        if self.embedding is not None:
+            x = x + of_tokens(self._embedded(ids_NK))
+        for layer in rest:
+            x = layer(x)
+        return x
+
+    def _embedded(self, ids_NK: Tensor) -> Tensor:
+        assert self.embedding is not None
+        return self.embedding(ids_NK).flatten(-2)
 
 
 class Calm(nn.Module):
@@ -51,12 +73,11 @@ class Calm(nn.Module):
 
     def __init__(self, config: CalmConfig, autoencoder: Autoencoder | None = None) -> None:
         super().__init__()
-        width = config.backbone.width
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.packed = False  # trained on packed documents, where no patch is padded
         self.context_tokens: int | None = None  # tokens of a training window, where it is known
-        self.compressor = Compressor(config.vocab_size, config.patch_size, width)
+        self.compressor = Compressor(config)
         self.backbone = Backbone(config.backbone)
         self.head = build_head(config)
         self.autoencoder = autoencoder if autoencoder is not None else Autoencoder(config.autoencoder)
@@ -74,15 +95,24 @@ class Calm(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.compressor.embedding.weight.device
+        return self.backbone.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.compressor.embedding.weight.dtype
+        return self.backbone.norm.weight.dtype
 
-    def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Backbone states (B, P, D) of patches (B, P, K); the state at p predicts patch p + 1."""
-        return self.backbone(self.compressor(ids_BPK), cache)
+    def states(self, ids_BPK: Tensor, cache: KVCache | None = None, latent_BPL: Tensor | None = None) -> Tensor:
+        """Backbone states (B, P, D) of patches (B, P, K); the state at p predicts patch p + 1.
+
+        latent: the posterior means of these patches, where they are known and the input holds them; else they are encoded.
+        """
+        return self.backbone(self._inputs(ids_BPK, latent_BPL), cache)
+
+    def _inputs(self, ids_BPK: Tensor, latent_BPL: Tensor | None = None) -> Tensor:
+        """What the backbone reads, (B, P, D)."""
+        if self.config.reads_latents and latent_BPL is None:
+            latent_BPL = self.teacher(ids_BPK).mean
+        return self.compressor(ids_BPK, latent_BPL)
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` patches."""
@@ -90,11 +120,11 @@ class Calm(nn.Module):
 
     def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
         """States and what branches attend to (see Backbone.branch)."""
-        return self.backbone.trunk(self.compressor(ids_BPK))
+        return self.backbone.trunk(self._inputs(ids_BPK))
 
     def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
         """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
-        return self.backbone.branch(self.compressor(ids_BNK), trunk, at_N)
+        return self.backbone.branch(self._inputs(ids_BNK), trunk, at_N)
 
     @property
     def has_latents(self) -> bool:
@@ -117,7 +147,7 @@ class Calm(nn.Module):
 
     @torch.no_grad()
     def teacher(self, ids_NK: Tensor) -> Posterior:
-        """The frozen autoencoder's posterior of the target patches: the distribution that the head learns."""
+        """The frozen autoencoder's posterior of patches: of the targets, the distribution that the head learns."""
         return self.autoencoder.encode(ids_NK)
 
     def set_solver(self, solver: str | None, steps: int | None) -> None:

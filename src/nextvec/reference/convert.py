@@ -108,6 +108,8 @@ def convert_back(run: str | Path, destination: Path) -> ModelRun:
         raise ConfigError(f"{run} is a token_lm; the published format is for an autoencoder and CALM")
     if isinstance(config.model, CalmConfig) and config.model.head.kind not in LANGUAGE_MODELS.values():
         raise ConfigError(f"{run} has the {config.model.head.kind} head, which the published format does not know")
+    if isinstance(config.model, CalmConfig) and config.model.reads_latents:
+        raise ConfigError(f"{run} has the input {config.model.input}, which the published format does not know")
     inner = config.model.autoencoder if isinstance(config.model, CalmConfig) else config.model
     if inner.attention or not inner.variational:
         what = "attention inside patches" if inner.attention else "a latent without a variational layer"

@@ -60,8 +60,12 @@ class Encoded(NamedTuple):
         return Encoded(*(part[:rows] for part in self))
 
     def targets(self) -> Posterior:
-        """Of patches 2..P, in float32."""
-        return Posterior(self.mean[:, 1:].float(), self.log_std[:, 1:].float())
+        """Of patches 2..P, in float32 at least."""
+        return Posterior(_wide(self.mean[:, 1:]), _wide(self.log_std[:, 1:]))
+
+    def inputs(self) -> Tensor:
+        """Means of patches 1..P-1, what a model of latents reads, in float32 at least."""
+        return _wide(self.mean[:, :-1])
 
 
 class EncodedBatches:
@@ -112,15 +116,17 @@ class EncodedBatches:
 def with_latents(data: Data, module: nn.Module) -> Data:
     """The same data with training batches that know their teacher, the frozen autoencoder inside `module`.
 
-    Raises ConfigError where there is none that is learnt from, or no latents of it; DataError for damaged ones.
+    Raises ConfigError where there is none that is learnt from or read, or no latents of it; DataError for damaged ones.
     """
     autoencoder = next((part for part in module.modules() if isinstance(part, Autoencoder)), None)
-    learns = any(isinstance(part, Calm) and part.has_latents for part in module.modules())
+    models = [part for part in module.modules() if isinstance(part, Calm)]
+    learns = any(model.has_latents or model.config.reads_latents for model in models)
     if isinstance(data.train, Mixture):
         raise ConfigError("data.latents is for one corpus, and data.mixture names several; leave data.latents out")
     if autoencoder is None or not learns or not isinstance(data.train, Batches):
         raise ConfigError(
-            "data.latents is for a CALM whose head learns from latents; this run has no such head: leave it out"
+            "data.latents is for a CALM whose head learns from latents or whose input holds them; this run has neither: "
+            "leave it out"
         )
     return dataclasses.replace(data, train=EncodedBatches(data.train, autoencoder))
 
@@ -162,6 +168,10 @@ def write_latents(stream: Stream, autoencoder: Autoencoder, show: Callable[[floa
     manifest = LatentsManifest(patches=patches, latent=latent, patch_size=size, packing=stream.packing)
     write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
     return folder
+
+
+def _wide(stored: Tensor) -> Tensor:
+    return stored.float() if stored.dtype == torch.float16 else stored
 
 
 def _pieces(patches: int) -> list[int]:

@@ -59,13 +59,17 @@ class CalmTraining(nn.Module):
         self, batch: Tensor | Encoded, generator: torch.Generator | None, progress: float
     ) -> tuple[Tensor, Metrics]:
         """batch: ids (B, T), with or without the stored posteriors of their patches."""
+        reads = self.model.config.reads_latents
         ids_BT, encoded = (batch.ids, batch) if isinstance(batch, Encoded) else (batch, None)
         ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
-        state_BPD, target_BPK = self.model.states(ids_BPK[:, :-1]), ids_BPK[:, 1:]
+        if reads and encoded is None:  # each patch is encoded once, as input and as target
+            encoded = Encoded(ids_BT, *self.model.teacher(ids_BPK))
+        latent_BPL = encoded.inputs() if reads and encoded is not None else None
+        state_BPD, target_BPK = self.model.states(ids_BPK[:, :-1], latent_BPL=latent_BPL), ids_BPK[:, 1:]
         if encoded is None or not self.model.has_latents:
             loss, metrics = self.model.loss(state_BPD, target_BPK, generator)
         else:
-            target: Any = encoded.targets()  # `with_latents` has seen to it that the head learns from latents
+            target: Any = encoded.targets()
             loss, metrics = self.model.head.loss(state_BPD, target, generator)
         if self.auxiliary is not None:
             scale = self.recipe.auxiliary_weight * auxiliary_scale(progress, self.recipe.auxiliary_until)
