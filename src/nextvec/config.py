@@ -116,6 +116,11 @@ class CalmConfig(Config):
         return self.input != "tokens"
 
     @property
+    def uses_autoencoder(self) -> bool:
+        """Whether the model draws or reads latents; else its autoencoder says K and V, and its weights do nothing."""
+        return self.head.kind != "autoregressive" or self.reads_latents
+
+    @property
     def patch_size(self) -> int:
         return self.autoencoder.patch_size
 

@@ -65,7 +65,9 @@ def train_lm(
     autoencoder: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="Run of the trained autoencoder, or a CALM run that holds one. With --from: its own."
+            metavar="RUN",
+            help="Run of the trained autoencoder, or a CALM run that holds one. With --from: its own; with the autoregressive "
+            "head: none.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -113,7 +115,6 @@ def _train(
     import shlex
 
     from nextvec.config import apply_overrides
-    from nextvec.errors import ConfigError
     from nextvec.model.calm import Calm
     from nextvec.rundir import load_autoencoder, load_run
     from nextvec.text.shards import TokenShards
@@ -132,8 +133,6 @@ def _train(
     if resume and source is None and settings.get("start"):
         source = Path(settings["start"])
     start = load_run(source) if source is not None and not (resume and autoencoder_run is not None) else None
-    if verb == "lm" and start is None and autoencoder_run is None:
-        raise ConfigError("training CALM needs a trained autoencoder: give --autoencoder RUN, or --from RUN")
     if start is not None:
         settings = settings_from(start, settings)
     if data is not None:

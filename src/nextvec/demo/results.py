@@ -55,7 +55,7 @@ def measure(demo: Demo, corpus: Corpus, models: Models) -> Found:
             model,
             corpus.held_out,
             context_tokens=settings.SCORED_CONTEXT,
-            stride=settings.PATCH,
+            stride=models.calm.patch_size,
             draws=settings.SCORED_DRAWS,
             generator=torch.Generator(device).manual_seed(demo.seed),
             tokenizer_hash=corpus.tokenizer.hash,
@@ -131,8 +131,8 @@ def write(demo: Demo, corpus: Corpus, models: Models, found: Found, seconds: flo
     summary |= {
         "seconds": seconds,
         "minutes": demo.minutes,
-        "K": settings.PATCH,
-        "L": settings.LATENT,
+        "K": models.calm.patch_size,
+        "L": models.autoencoder.config.latent,
         "V": corpus.tokenizer.vocab_size,
         "N": settings.CANDIDATES,
         "recipe": demo.recipe,
@@ -140,12 +140,14 @@ def write(demo: Demo, corpus: Corpus, models: Models, found: Found, seconds: flo
         "scored_tokens_per_file": demo.scored_length,
         "seed": demo.seed,
     }
-    context = settings.CONTEXT
+    context = models.calm.context_tokens
+    assert context is not None, "a trained run says how much it reads"
+    patches = context // models.calm.patch_size
     calm, baseline = models.calm.config, models.baseline.config
     costs = {
-        "calm": calm_cost(calm, context=context // settings.PATCH, auxiliary=demo.recipe == "fast"),
+        "calm": calm_cost(calm, context=patches, auxiliary=demo.recipe == "fast"),
         "calm_pool": calm_cost(
-            calm, f"CALM, {settings.CANDIDATES} candidates", context=context // settings.PATCH,
+            calm, f"CALM, {settings.CANDIDATES} candidates", context=patches,
             candidates=settings.CANDIDATES, auxiliary=demo.recipe == "fast",
         ),
         "baseline": token_lm_cost(baseline, "token Transformer", context=context),

@@ -1,40 +1,25 @@
-"""What the demo trains and for how long. What was tried to find these settings is in docs/log.md."""
+"""How long the demo trains what, and how it scores. The models' own settings are those of the arena (nextvec.recipes)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from nextvec.config import (
-    AutoencoderConfig,
-    AutoencoderRun,
-    BackboneConfig,
-    CalmConfig,
-    CalmRun,
-    DataSettings,
-    EnergyHeadConfig,
-    EnergySettings,
-    OptimSettings,
-    RecipeSettings,
-    TokenLMConfig,
-    TokenLMRun,
-    TrainSettings,
-)
+from nextvec.config import AutoencoderConfig, AutoencoderRun, CalmRun, TokenLMRun
 from nextvec.errors import ConfigError
+from nextvec.recipes import AUTOENCODER_MOST, Kind, arena
+from nextvec.train.settings import Vocabulary, complete_run
 
 MINUTES = 8.0
-VOCABULARY, PATCH, LATENT = 2048, 4, 128
+VOCABULARY = 2048
 VALID_FRACTION = 0.05  # about 40 files of the standard library
-BACKBONE = BackboneConfig(layers=4, width=192, inner=512, heads=3)
-CONTEXT = 1024  # tokens of a training window
 SCORED_CONTEXT, SCORED_DRAWS = 512, 4  # documents-512
 SCORED_LENGTH, PROBED_LENGTH = 2048, 512  # first tokens of each held-out file, at the end and during training
 SHORT = 4.0  # minutes; a shorter demo scores only the first PROBED_LENGTH tokens at the end, too
 CANDIDATES = 100  # N of the batch temperature sampler
 STAGES = {"autoencoder": 0.18, "calm": 0.62, "baseline": 0.20}  # in order, with shares of the training time
-STEPS = 1_000_000  # not reached: the time budget ends training, but for the autoencoder:
-AUTOENCODER_STEPS = 500  # 2M tokens are enough, and with many more its std outgrows what decodes at twice the std
+STEPS = 1_000_000  # not reached: the time budget ends training, but for the autoencoder's
 
 
 @dataclass(frozen=True)
@@ -71,42 +56,37 @@ class Demo:
         return max(3.0, STAGES[stage] / left * (self.minutes * 60.0 - spent - reserve))
 
 
-OPTIM = OptimSettings(warmup=30)
+def autoencoder_run(demo: Demo, data: str, vocabulary: Vocabulary) -> AutoencoderRun:
+    """Stage 1."""
+    found = complete_run(_settings(demo, "autoencoder", data, AUTOENCODER_MOST), vocabulary, None, "demo")
+    assert isinstance(found, AutoencoderRun)
+    return found
 
 
-def _train(demo: Demo, steps: int = STEPS) -> TrainSettings:
-    return TrainSettings(steps=steps, seed=demo.seed, log_every=20, eval_every=100)
-
-
-def autoencoder_run(demo: Demo, data: str, vocab_size: int, mask_id: int) -> AutoencoderRun:
-    """Stage 1: patches of K tokens, 1,024 a step."""
-    return AutoencoderRun(
-        model=AutoencoderConfig(
-            vocab_size=vocab_size, patch_size=PATCH, width=128, inner=320, latent=LATENT, mask_id=mask_id
-        ),
-        data=DataSettings(path=data, context_tokens=CONTEXT, rows=4),
-        optim=OPTIM,
-        train=_train(demo, AUTOENCODER_STEPS),
-    )
-
-
-def calm_run(demo: Demo, data: str, autoencoder: AutoencoderConfig) -> CalmRun:
+def calm_run(demo: Demo, data: str, vocabulary: Vocabulary, autoencoder: AutoencoderConfig) -> CalmRun:
     """Stage 2."""
-    return CalmRun(
-        model=CalmConfig(autoencoder=autoencoder, backbone=BACKBONE, head=EnergyHeadConfig(blocks=2)),
-        energy=EnergySettings(draws=8, teacher="exact"),
-        recipe=RecipeSettings(name=demo.recipe),
-        data=DataSettings(path=data, context_tokens=CONTEXT, rows=4),
-        optim=OPTIM,
-        train=_train(demo),
-    )
+    settings = _settings(demo, "calm", data, STEPS)
+    settings["recipe"] = {**settings.get("recipe", {}), "name": demo.recipe}
+    found = complete_run(settings, vocabulary, autoencoder, "demo")
+    assert isinstance(found, CalmRun)
+    return found
 
 
-def baseline_run(demo: Demo, data: str, vocab_size: int) -> TokenLMRun:
+def baseline_run(demo: Demo, data: str, vocabulary: Vocabulary) -> TokenLMRun:
     """The rival: the same blocks over tokens, the same optimiser and tokens per step."""
-    return TokenLMRun(
-        model=TokenLMConfig(vocab_size=vocab_size, backbone=BACKBONE),
-        data=DataSettings(path=data, context_tokens=CONTEXT, rows=4),
-        optim=OPTIM,
-        train=_train(demo),
-    )
+    found = complete_run(_settings(demo, "token", data, STEPS), vocabulary, None, "demo")
+    assert isinstance(found, TokenLMRun)
+    return found
+
+
+def _settings(demo: Demo, kind: Kind, data: str, steps: int) -> dict[str, Any]:
+    """The arena's, with the demo's text, steps, seed and rhythm."""
+    settings = arena(kind, VOCABULARY, demo.minutes)
+    own = {"steps": steps, "seed": demo.seed, "log_every": 20, "eval_every": 100}
+    kinds = {"autoencoder": "autoencoder", "calm": "calm", "token": "token_lm"}
+    return {
+        **settings,
+        "kind": kinds[kind],
+        "data": {**settings["data"], "path": data},
+        "train": {**settings.get("train", {}), **own},
+    }

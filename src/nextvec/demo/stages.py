@@ -96,8 +96,6 @@ def train_all(demo: Demo, corpus: Corpus, began: float, say: Say) -> Models:
     """Train what is not trained yet, each for its share of the time since `began` (time.monotonic)."""
     device = choose_device(demo.device)
     data, tokenizer = str(corpus.shards.path), corpus.tokenizer
-    probed = [document[: settings.PROBED_LENGTH] for document in corpus.held_out]
-    probe = BrierProbe(probed, settings.SCORED_CONTEXT, settings.PATCH, draws=2, seed=demo.seed)
 
     def stage(name: str, config: RunConfig, autoencoder: Autoencoder | None, brier: BrierProbe | None) -> None:
         out = demo.out / name
@@ -123,13 +121,15 @@ def train_all(demo: Demo, corpus: Corpus, began: float, say: Say) -> Models:
 
     stage(
         "autoencoder",
-        settings.autoencoder_run(demo, data, tokenizer.vocab_size, tokenizer.mask_id),
+        settings.autoencoder_run(demo, data, tokenizer),
         None,
         None,
     )
     autoencoder = load_autoencoder(demo.out / "autoencoder")[0]
-    stage("calm", settings.calm_run(demo, data, autoencoder.config), autoencoder, probe)
-    stage("baseline", settings.baseline_run(demo, data, tokenizer.vocab_size), None, probe)
+    probed = [document[: settings.PROBED_LENGTH] for document in corpus.held_out]
+    probe = BrierProbe(probed, settings.SCORED_CONTEXT, autoencoder.config.patch_size, draws=2, seed=demo.seed)
+    stage("calm", settings.calm_run(demo, data, tokenizer, autoencoder.config), autoencoder, probe)
+    stage("baseline", settings.baseline_run(demo, data, tokenizer), None, probe)
     calm = Calm.from_pretrained(demo.out / "calm", device)
     return Models(calm.autoencoder, calm, TokenLM.from_pretrained(demo.out / "baseline", device))
 

@@ -29,6 +29,7 @@ from nextvec.text.tokenizer import Tokenizer
 from nextvec.train.auxiliary import NextPatchTokens, auxiliary_scale
 from nextvec.train.latents import Encoded
 
+NO_AUTOENCODER = "training CALM needs a trained autoencoder: give --autoencoder RUN, or --from RUN"
 INIT_GAIN = 0.8  # standard deviation of fresh matrices times sqrt(width); 0.058 at width 192 (docs/log.md)
 
 
@@ -188,13 +189,19 @@ def build_objective(
     autoencoder: Autoencoder | None = None,
     brier: BrierProbe | None = None,
 ) -> Objective:
-    """The objective of a run with fresh parameters from `config.train.seed`. CALM needs a trained `autoencoder`."""
+    """The objective of a run with fresh parameters from `config.train.seed`. CALM needs a trained `autoencoder`.
+
+    Only one that neither draws nor reads latents does without: it keeps an untrained one, which nothing uses.
+    """
     generator = torch.Generator().manual_seed(config.train.seed)
     model: Autoencoder | Calm | TokenLM
     module: AutoencoderTraining | CalmTraining | TokenLMTraining
     if isinstance(config, CalmRun):
         if autoencoder is None:
-            raise ConfigError("training CALM needs a trained autoencoder: give --autoencoder RUN, or --from RUN")
+            if config.model.uses_autoencoder:
+                raise ConfigError(NO_AUTOENCODER)
+            autoencoder = Autoencoder(config.model.autoencoder)
+            initialise(autoencoder, torch.Generator().manual_seed(config.train.seed))
         model = Calm(config.model, autoencoder)
         module = CalmTraining(model, config.energy, config.recipe)
     elif isinstance(config, TokenLMRun):

@@ -21,7 +21,8 @@ class Vocabulary(Protocol):
 def complete_run(
     settings: Mapping[str, Any], vocabulary: Vocabulary, autoencoder: AutoencoderConfig | None, source: str
 ) -> RunConfig:
-    """The validated run of `settings`, which name their `kind`. `autoencoder`: of the trained one, for kind calm.
+    """The validated run of `settings`, which name their `kind`. `autoencoder`: of the trained one, for kind calm; None where
+    the model uses none.
 
     Raises ConfigError in one sentence that begins with `source`.
     """
@@ -34,6 +35,9 @@ def complete_run(
                 raise ConfigError(
                     f"{source}: model.autoencoder differs from the settings of the trained autoencoder; leave it out"
                 )
+        elif settings["kind"] == "calm":
+            fixed = {"vocab_size": vocabulary.vocab_size, "mask_id": vocabulary.mask_id}
+            model["autoencoder"] = {**fixed, **(model.get("autoencoder") or {})}
         else:
             model.setdefault("vocab_size", vocabulary.vocab_size)
         if settings["kind"] == "autoencoder":
