@@ -1,4 +1,4 @@
-"""Bits per byte over whole documents: an upper bound for the soft-decoded CALM, the exact value for the token baseline.
+"""Bits per byte over whole documents: an upper bound for the soft-decoded CALM, the exact value of models of tokens.
 
 The positions are those of the protocol `documents-N` (`evaluate.windows`): every patch from the second of a document on,
 once, with the same context for both models. The tokens of a patch that lie beyond the document's end are padding and
@@ -34,6 +34,7 @@ from nextvec.evaluate.windows import (
     tensors,
 )
 from nextvec.model.calm import Calm
+from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.token_lm import TokenLM
 from nextvec.scoring.clusters import cluster_ratio
 from nextvec.scoring.likelihood import Bound, Exact, Likelihood, Text, nested_bounds, patch_log_probability
@@ -53,7 +54,7 @@ Progress = Callable[[str, int, int], None]  # what, windows done, windows in all
 @torch.no_grad()
 def evaluate_likelihood(
     calm: Calm | None,
-    baseline: TokenLM | None,
+    baseline: TokenLM | Calm | None,
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     *,
@@ -67,6 +68,8 @@ def evaluate_likelihood(
     progress: Progress | None = None,
 ) -> Likelihood:
     """Bits per byte of a CALM, a baseline, or both, over the second and later patches of documents.
+
+    The baseline is a token Transformer, or a CALM whose head draws tokens and knows their probabilities.
 
     Args: documents: token ids of each, its end-of-text token included; generator: on the models' device, and with batch_rows
     all that the bound depends on beside the arguments; patch_size: K where there is no CALM to say it; draws: the
@@ -83,7 +86,10 @@ def evaluate_likelihood(
         raise ConfigError(f"the decoder's temperature must be a positive number; got {temperature}")
     if patches is not None and patches < 1:
         raise ConfigError(f"the number of patches must be at least 1; got {patches}")
-    K = patch_size if calm is None else calm.patch_size
+    own = next((model.patch_size for model in (calm, baseline) if isinstance(model, Calm)), None)
+    K = patch_size if own is None else own
+    if isinstance(baseline, Calm) and baseline.patch_size != K:
+        raise ConfigError(f"both models must have the same K to be scored together; got {K} and {baseline.patch_size}")
     if K < 1:
         raise ConfigError(f"the patch size must be at least 1; got {K}")
     layout = plan(documents, "documents", context_tokens, K, "patch_starts")
@@ -268,9 +274,16 @@ def _log_p(
     return torch.cat(parts, dim=1)
 
 
-def _exact_log_p(baseline: TokenLM, batch: Batch, chosen_BQ: Tensor) -> Tensor:
+def _exact_log_p(baseline: TokenLM | Calm, batch: Batch, chosen_BQ: Tensor) -> Tensor:
     """log probability of each chosen patch, every token given all before it in the window, (N,)."""
     device = baseline.device
+    if isinstance(baseline, Calm):
+        head = baseline.head
+        assert isinstance(head, AutoregressiveHead), "the other heads have no likelihood"
+        state_BPD = baseline.states(batch.context.to(device).unflatten(1, (-1, baseline.patch_size)))
+        state_ND = state_BPD[:, batch.starts.to(device) // baseline.patch_size - 1][chosen_BQ.to(device)]
+        log_p_NK = head.log_probabilities(state_ND, batch.target.to(device)[chosen_BQ.to(device)])
+        return log_p_NK.masked_fill(~batch.valid.to(device)[chosen_BQ.to(device)], 0.0).sum(-1)
     state_BTD = baseline.states(batch.ids.to(device)[..., None])
     at_QK = batch.starts[:, None] - 1 + torch.arange(batch.target.shape[-1])
     chosen_BQ = chosen_BQ.to(device)

@@ -142,6 +142,7 @@ def calm_cost(
     context: int = PAPER_CONTEXT,
     draws: int = PAPER_DRAWS,
     candidates: int = 1,
+    decoded: int | None = None,
     auxiliary: bool = False,
 ) -> Cost:
     """CALM: one draw and one decoding per step at inference, S draws and one encoding in training.
@@ -150,8 +151,8 @@ def calm_cost(
     neither encoding nor decoding, and S does not matter.
 
     `context`: patches attended; `draws`: S, the model's or (flow, diffusion) the teacher's; `candidates`: draws taken and
-    decoded per step at inference (1: plain sampling; N of the batch temperature sampler); `auxiliary`: count the
-    cross-entropy of the `fast` recipe in training. A model that reads latents encodes each patch at inference, too.
+    decoded per step at inference (1: plain sampling; N of the batch temperature sampler); `decoded`: of these, where fewer
+    are decoded (1 for the mean of their latents); `auxiliary`: count the cross-entropy of the `fast` recipe in training. A model that reads latents encodes each patch at inference, too.
     """
     K, D, V = config.patch_size, config.backbone.width, config.vocab_size
     attention, mlp = backbone_operations(config.backbone, context)
@@ -160,6 +161,7 @@ def calm_cost(
     compressor = 2 * (read * 2 * D + 2 * D * D)
     encoder, decoder = _autoencoder(config.autoencoder)
     reading = encoder if latents else 0
+    written = candidates if decoded is None else decoded
     logits = 2 * K * V * config.autoencoder.width
     if isinstance(config.head, AutoregressiveHeadConfig):  # neither learns from latents nor draws them
         encoder = reading
@@ -172,8 +174,8 @@ def calm_cost(
             attention=attention,
             mlp=mlp,
             head=head.once + candidates * head.per_draw,
-            autoencoder=reading + candidates * decoder,
-            vocabulary=candidates * logits + head.vocabulary_once + candidates * head.vocabulary_per_draw,
+            autoencoder=reading + written * decoder,
+            vocabulary=written * logits + head.vocabulary_once + candidates * head.vocabulary_per_draw,
         ).scaled(1 / K)
 
     def training(split: bool) -> Parts:

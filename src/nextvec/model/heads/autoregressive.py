@@ -54,19 +54,19 @@ class AutoregressiveHead(nn.Module):
         return torch.cat(parts).view(ids_NK.shape)
 
     @torch.no_grad()
-    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
-        """S independent patches, (S, ..., K) int64, for states (..., D); see `Head.draw`.
+    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None, temperature: float = 1.0) -> Tensor:
+        """S independent patches, (S, ..., K) int64, for states (..., D); see `Head.draw`. The temperature is that of each token.
 
         The state is read once for all draws, which then go on as branches of it.
         """
         state_MD = self._start(state_ND).reshape(-1, state_ND.shape[-1])
         hidden_M1D, trunk = self.decoder.trunk(state_MD[:, None])
-        token_MS = self._sample(hidden_M1D, draws, generator)
+        token_MS = self._sample(hidden_M1D, draws, generator, temperature)
         tokens = [token_MS]
         at_S = torch.zeros(draws, dtype=torch.int64, device=state_MD.device)
         for _ in range(self.patch_size - 1):
             hidden_MSD, trunk = self.decoder.branch(self.embedding(token_MS), trunk, at_S)
-            token_MS = self._sample(hidden_MSD, 1, generator)
+            token_MS = self._sample(hidden_MSD, 1, generator, temperature)
             tokens.append(token_MS)
         return torch.stack(tokens, dim=-1).transpose(0, 1).reshape(draws, *state_ND.shape[:-1], self.patch_size)
 
@@ -85,20 +85,28 @@ class AutoregressiveHead(nn.Module):
         logits = hidden_MD.to(self.embedding.weight.dtype) @ self.embedding.weight.T
         return logits.to(wide(logits.dtype)).log_softmax(-1)
 
-    def _sample(self, hidden_MJD: Tensor, draws: int, generator: Generators | None) -> Tensor:
+    def _law(self, hidden_MD: Tensor, temperature: float) -> Tensor:
+        log_MV = self._log_softmax(hidden_MD)
+        return log_MV.exp() if temperature == 1.0 else (log_MV / temperature).softmax(-1)
+
+    def _sample(self, hidden_MJD: Tensor, draws: int, generator: Generators | None, temperature: float) -> Tensor:
         """`draws` tokens from each of J laws of M states, (M, J * draws)."""
         if isinstance(generator, Sequence):
             assert len(generator) == len(hidden_MJD), "one generator per state"
-            rows = [self._sample_rows(one, draws, own) for one, own in zip(hidden_MJD, generator, strict=True)]
+            each = zip(hidden_MJD, generator, strict=True)
+            rows = [self._sample_rows(one, draws, own, temperature) for one, own in each]
             return torch.stack([row.flatten() for row in rows])
-        return self._sample_rows(hidden_MJD.flatten(0, 1), draws, generator).view(len(hidden_MJD), -1)
+        return self._sample_rows(hidden_MJD.flatten(0, 1), draws, generator, temperature).view(len(hidden_MJD), -1)
 
-    def _sample_rows(self, hidden_MD: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    def _sample_rows(
+        self, hidden_MD: Tensor, draws: int, generator: torch.Generator | None, temperature: float
+    ) -> Tensor:
         """(M, draws); the vocabulary exists for one chunk of rows at a time."""
         rows = max(1, CHUNK_ELEMENTS // self.embedding.num_embeddings)
         parts = [
             # two at least: for a single draw torch takes another way, 20 times slower on a CPU
-            torch.multinomial(self._log_softmax(hidden).exp(), max(2, draws), replacement=True, generator=generator)
+            torch.multinomial(law, max(2, draws), replacement=True, generator=generator)
             for hidden in hidden_MD.split(rows)
+            for law in [self._law(hidden, temperature)]
         ]
         return torch.cat(parts)[:, :draws]
