@@ -86,7 +86,7 @@ def markdown(sweep: Sweep) -> str:
         parts += [_main_table(sweep, stage).markdown(), _stands_on(sweep, stage), *_failures(rows)]
         race = _race_table(sweep, stage)
         parts += [race.markdown(), race.caption + "."] if race is not None else []
-    parts += [_against_paper(sweep), _provenance(sweep)]
+    parts += [_against_paper(sweep), provenance(sweep)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -104,14 +104,14 @@ def _section(sweep: Sweep, name: str) -> str:
         race = _race_table(sweep, stage)
         html += [race.html()] if race is not None else []
     html += [paragraph(text) for text in (_against_paper(sweep),) if text]
-    html.append(fold("Settings, machine and command", _record(sweep)))
+    html.append(fold("Settings, machine and command", record_of(sweep)))
     return "\n".join(html)
 
 
 def _main_table(sweep: Sweep, stage: str) -> Table:
     rows = sweep.of(stage)
     first, paper = rows[0], sweep.spec["paper"]
-    several = len({encoder(row) for row in rows if row.results}) > 1
+    several = len({encoder(row) for row in rows} - {""}) > 1
     columns: list[tuple[str, Cell]] = []
     if stage != "autoencoder":
         columns += [
@@ -297,7 +297,7 @@ def _results(sweep: Sweep) -> list[Any]:
     return [result for row in sweep.rows for result in row.results.values()]
 
 
-def _provenance(sweep: Sweep) -> str:
+def provenance(sweep: Sweep) -> str:
     """Machine, version, text and command in a paragraph."""
     found = _results(sweep)
     if not found:
@@ -321,7 +321,8 @@ def _provenance(sweep: Sweep) -> str:
     return " ".join(lines) + f" Command: `{result['command']}`."
 
 
-def _record(sweep: Sweep) -> str:
+def record_of(sweep: Sweep) -> str:
+    """Spec, protocol, machine and command as tables."""
     found = _results(sweep)
     spec = facts("Spec", {key: value for key, value in sweep.spec.items() if value not in (None, {}, [], "")})
     if not found:

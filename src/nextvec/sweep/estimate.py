@@ -17,7 +17,7 @@ from nextvec.config import AutoencoderRun, CalmRun, RunConfig
 from nextvec.evaluate.cost import cost
 from nextvec.files import read_json, write_json
 from nextvec.hardware import choose_precision, matmul_rates, synchronize
-from nextvec.sweep.plan import Job, digest, flops_per_token, tokens_per_step
+from nextvec.sweep.plan import PROBE_DRAWS, Job, digest, flops_per_token, tokens_per_step
 from nextvec.sweep.spec import SweepSpec
 
 MEASURED_STEPS = 3  # after one for warm-up; the quickest counts: a machine has other work, too
@@ -132,14 +132,18 @@ def _scoring(spec: SweepSpec, job: Job, rates: Rates) -> float:
     """Draws at every scored position, at the rate of operations that training reaches."""
     run, asked = job.run, spec.evaluate
     rate = tokens_per_step(run) * flops_per_token(run) / rates(run)
-    tokens = (asked.documents or DOCUMENTS) * (asked.document_tokens or DOCUMENT_TOKENS)
+    documents, length = asked.documents or DOCUMENTS, asked.document_tokens or DOCUMENT_TOKENS
+    tokens = documents * length
     if isinstance(run, AutoencoderRun):
         return tokens * flops_per_token(run) * 3 / rate  # decoded at seven noise levels, forward only
     K = run.model.patch_size
     stride = job.identity["evaluate"]["stride"]
     chained = -(-4 // K) * K  # tokens drawn for an n-gram of 4
     reading = cost(run.model, context=asked.context_tokens // K).inference_split.total
-    return 2 * tokens * reading * (1 + asked.draws * chained / stride) / rate  # 2: windows overlap by half
+    # 2: windows overlap by half; on the way the beginnings of the documents are scored
+    scored = 2 * tokens * (1 + asked.draws * chained / stride)
+    probed = asked.curve * documents * min(length, asked.context_tokens) * (1 + PROBE_DRAWS * chained / stride)
+    return (scored + probed) * reading / rate
 
 
 def _without_free(settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from nextvec.text.shards import TokenShards
 from nextvec.train.data import data_folders
 from nextvec.train.settings import complete_run
 
+MODEL_SHARE = 0.4  # of a budget that counts the autoencoder: at least so much is for the model itself
 SAVE_MINUTES = 2.0  # between checkpoints of a row, where its settings do not say: what a kill may cost
+PROBE_DRAWS = 2  # per position, where Brier figures are measured during training
 Rate = Callable[[RunConfig], float]  # seconds of one optimiser step
 
 
@@ -38,7 +40,7 @@ class Job:
     row: Row
     seed: int
     run: RunConfig  # of the row's stage, with its steps; data.path is filled in by `with_data`
-    autoencoder: AutoencoderRun | None  # that an lm row is trained on
+    autoencoder: AutoencoderRun | None  # that an lm row is trained on; None where its model uses none
     identity: dict[str, Any]  # all that its result depends on
 
     @property
@@ -133,7 +135,13 @@ def _complete(
 def _job(spec: SweepSpec, row: Row, seed: int, vocabulary: Vocabulary, stride: int, rate: Rate) -> Job:
     encoder = _autoencoder(spec, row, seed, vocabulary) if row.stage == "lm" else None
     run = _complete(spec, row, row.stage, seed, vocabulary, encoder.model if encoder is not None else None)
-    run = run.override(train=run.train.override(steps=_steps(spec, row, run, rate)))
+    if isinstance(run, CalmRun) and not run.model.uses_autoencoder:
+        encoder = None
+    steps = _steps(spec, row, run, encoder, rate)
+    train = run.train.override(steps=steps)
+    if spec.evaluate.curve and not isinstance(run, AutoencoderRun):
+        train = train.override(eval_every=-(-steps // spec.evaluate.curve))
+    run = run.override(train=train)
     _check_lengths(spec, row, run, encoder, stride)
     identity = {
         "data": spec.data.model_dump(mode="json"),
@@ -151,26 +159,35 @@ def _plain(run: RunConfig) -> dict[str, Any]:
     return {**found, "train": {name: value for name, value in found["train"].items() if name not in free}}
 
 
-def _steps(spec: SweepSpec, row: Row, run: RunConfig, rate: Rate) -> int:
-    """Optimiser steps of the row's stage at the budget."""
+def _steps(spec: SweepSpec, row: Row, run: RunConfig, encoder: AutoencoderRun | None, rate: Rate) -> int:
+    """Optimiser steps of the row's stage at the budget, less what its autoencoder takes where that counts."""
     budget = spec.budget
     if budget is None:
         return run.train.steps
+    where = f"{spec.name}, row {row.name}"
     if f"{row.stage}.train.steps" in row.changes:
-        raise ConfigError(f"{spec.name}, row {row.name}: the budget says the steps; leave {row.stage}.train.steps out")
-    per_step = tokens_per_step(run)
-    if budget.tokens is not None:
-        steps, what = budget.tokens / per_step, f"{budget.tokens:,.0f} tokens"
-    elif budget.flops is not None:
-        steps, what = budget.flops / (per_step * flops_per_token(run)), f"{budget.flops:.3g} operations"
-    else:
-        assert budget.seconds is not None
-        steps, what = budget.seconds / rate(run), f"{budget.seconds:g} s"
-    if steps < 1:
-        raise ConfigError(
-            f"{spec.name}, row {row.name}: a budget of {what} is less than one step of {per_step:,} tokens"
-        )
-    return round(steps)
+        raise ConfigError(f"{where}: the budget says the steps; leave {row.stage}.train.steps out")
+
+    def price(of: RunConfig) -> float:
+        """Of one step, in what the budget is in."""
+        if budget.seconds is not None:
+            return rate(of)
+        return tokens_per_step(of) * (flops_per_token(of) if budget.flops is not None else 1.0)
+
+    amount = budget.tokens or budget.flops or budget.seconds
+    assert amount is not None, "one of the three is given"
+    left = amount
+    if budget.autoencoder and encoder is not None:
+        left -= encoder.train.steps * price(encoder)
+        if left < MODEL_SHARE * amount:
+            raise ConfigError(
+                f"{where}: {encoder.train.steps:,} steps of the autoencoder take {1 - left / amount:.0%} of a budget of "
+                f"{budget}, and at least {MODEL_SHARE:.0%} are for the model: give a larger budget or fewer "
+                "autoencoder.train.steps"
+            )
+    if left < price(run):
+        raise ConfigError(f"{where}: a budget of {budget} is less than one step of {tokens_per_step(run):,} tokens")
+    return round(left / price(run))
 
 
 def _check_lengths(spec: SweepSpec, row: Row, run: RunConfig, encoder: AutoencoderRun | None, stride: int) -> None:

@@ -34,7 +34,7 @@ from nextvec.sweep.folder import (
     open_folder,
     write_sweep,
 )
-from nextvec.sweep.plan import Job, Vocabulary, flops_per_token, make_jobs
+from nextvec.sweep.plan import PROBE_DRAWS, Job, Rate, Vocabulary, flops_per_token, make_jobs
 from nextvec.sweep.spec import SweepSpec
 from nextvec.text.prepare import prepare
 from nextvec.text.readers import documents, expand
@@ -43,7 +43,7 @@ from nextvec.text.tokenizer import TextTokenizer, load_tokenizer, train_tokenize
 from nextvec.train.data import data_folders
 from nextvec.train.loop import train
 from nextvec.train.metrics import read_metrics
-from nextvec.train.objectives import build_objective
+from nextvec.train.objectives import BrierProbe, build_objective
 
 Say = Callable[[str], None]
 RECONSTRUCTION = "reconstruction.json"
@@ -79,21 +79,22 @@ def run_sweep(
     command: str = "",
     say: Say = print,
     show: bool = True,
+    rate: Rate | None = None,
 ) -> Progress:
     """Run every job that is not finished yet, seed by seed. Several processes may share the folder, each takes what is free.
 
-    only: which jobs to run; command: what goes on with this sweep, kept in the results. A row whose loss is not finite
-    is a result, too: its sentence. Raises ConfigError for a spec that does not hold or was edited after rows began, and
-    KeyboardInterrupt after an interrupted row has saved itself.
+    only: which jobs to run; command: what goes on with this sweep, kept in the results; rate: seconds of a step, instead of
+    measuring them. A row whose loss is not finite is a result, too: its sentence. Raises ConfigError for a spec that does not
+    hold or was edited after rows began, and KeyboardInterrupt after an interrupted row has saved itself.
     """
     out = Path(out)
     place = choose_device(device)
-    make_jobs(spec, lambda run: 1e-3)  # mistakes show before any work
+    make_jobs(spec, rate or (lambda run: 1e-3))  # mistakes show before any work
     check_folder(out)
     with held(out / LOCK, wait=True):
         open_folder(out, spec)
-        corpus = _corpus(spec, out, say)
-        rates = Rates(out / RATES, place)
+        corpus = open_corpus(spec, out, say)
+        rates = rate or Rates(out / RATES, place)
         vocabulary = Vocabulary(corpus.tokenizer.vocab_size, corpus.tokenizer.mask_id)
         jobs = make_jobs(spec, rates, vocabulary)
         check_begun(out, spec, jobs)
@@ -133,7 +134,8 @@ class _Sitting:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         failed, scores = None, dict[str, Any]()
         try:
-            self._train(job.run, folder, self.autoencoder(job) if job.autoencoder is not None else None)
+            encoder = self.autoencoder(job) if job.autoencoder is not None else None
+            self._train(job.run, folder, encoder, self._probe(job))
             scores = self._scores(job, folder)
         except (ConfigError, DataError):
             raise
@@ -151,20 +153,29 @@ class _Sitting:
         with held(folder / LOCK, wait=True):
             if not (folder / RECONSTRUCTION).is_file():
                 self.say(f"training the autoencoder {job.autoencoder_folder}")
-                self._train(job.autoencoder, folder, None)
+                self._train(job.autoencoder, folder, None, None)
                 found = self._reconstruction(folder)
                 write_json(folder / RECONSTRUCTION, found)
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return load_autoencoder(folder)[0]
 
-    def _train(self, run: RunConfig, folder: Path, autoencoder: Autoencoder | None) -> None:
+    def _probe(self, job: Job) -> BrierProbe | None:
+        """The beginnings of the held-out documents, where the spec asks for a curve."""
+        asked = self.spec.evaluate
+        if not asked.curve or isinstance(job.run, AutoencoderRun):
+            return None
+        begun = [document[: asked.context_tokens] for document in self.corpus.held_out]
+        stride = job.identity["evaluate"]["stride"]
+        return BrierProbe(begun, asked.context_tokens, stride, PROBE_DRAWS, SCORING_SEED, per_document=True)
+
+    def _train(self, run: RunConfig, folder: Path, autoencoder: Autoencoder | None, probe: BrierProbe | None) -> None:
         if (folder / "model.safetensors").is_file():
             return
         data = run.data.override(path=str(self.corpus.shards.path), packing=run.data.packing or self.packing)
         config = run.override(data=data)
         result = train(
             config,
-            build_objective(config, self.corpus.tokenizer, autoencoder),
+            build_objective(config, self.corpus.tokenizer, autoencoder, probe),
             folder,
             resume=(folder / "config.yaml").is_file(),
             device=self.device.type,
@@ -258,7 +269,7 @@ def _line(result: dict[str, Any]) -> str:
     return f"  {accuracy:.2%} of held-out tokens right at a posterior draw"
 
 
-def _corpus(spec: SweepSpec, out: Path, say: Say) -> Corpus:
+def open_corpus(spec: SweepSpec, out: Path, say: Say) -> Corpus:
     """Shards and held-out documents: the spec's own, or prepared below `out` once."""
     asked = spec.data
     if asked.shards is not None:
@@ -299,4 +310,4 @@ def _refuse(message: str) -> NoReturn:
     raise DataError(message)
 
 
-__all__ = ["Progress", "run_sweep"]
+__all__ = ["Corpus", "Progress", "open_corpus", "run_sweep"]

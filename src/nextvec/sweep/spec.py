@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from nextvec.errors import ConfigError
-from nextvec.settings import Config, Positive, Rate, Seed, as_number, load_yaml, unknown_name, with_value
+from nextvec.settings import Config, Count, Positive, Rate, Seed, as_number, load_yaml, unknown_name, with_value
 from nextvec.train import VERBS
 
 STAGES = tuple(VERBS)
@@ -51,19 +51,26 @@ class DataSpec(Config):
 
 
 class BudgetSpec(Config):
-    """What every row may spend on the stage that it trains last. Exactly one of these."""
+    """What every row may spend on the stage that it trains last. Exactly one of tokens, flops and seconds."""
 
     tokens: ABOVE_ZERO | None = None  # of training text
     flops: ABOVE_ZERO | None = None  # operations of training as `nextvec flops` counts them, the head split
     seconds: ABOVE_ZERO | None = None  # turned into steps by a rate that is measured once and kept
 
+    autoencoder: bool = False  # whether what the autoencoder of a row takes is part of the row's budget
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        given = [name for name, value in self if value is not None]
+        amounts = {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
+        given = [name for name, value in amounts.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of tokens, flops, seconds; got {', '.join(given) or 'none'}")
         return self
 
+
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return f"{self.tokens:,.0f} tokens"
+        return f"{self.flops:.3g} operations" if self.flops is not None else f"{self.seconds:g} s"
 
 class EvaluateSpec(Config):
     """How finished rows are scored: held-out documents, protocol documents-N."""
@@ -75,6 +82,7 @@ class EvaluateSpec(Config):
     stride: Positive | None = None  # tokens between scored positions; None: the least common multiple of the rows' K
     batches: Positive = 8  # held-out batches of an evaluation during training
 
+    curve: Count = 0  # points of training, evenly spaced, at which Brier figures are measured as well; 0: none
 
 @dataclass(frozen=True)
 class Row:

@@ -145,11 +145,11 @@ def loss_key(result: Result) -> str:
 
 
 def encoder(row: TableRow) -> str:
-    """The settings of the autoencoder that a CALM stands on, its seed aside; empty for other rows."""
+    """The settings of the autoencoder that a CALM stands on, its seed aside; empty for rows that use none."""
     if row.stage != "lm" or not row.results:
         return ""
     found = next(iter(row.results.values()))["identity"]["autoencoder"]
-    return str({**found, "train": {**found["train"], "seed": None}})
+    return "" if found is None else str({**found, "train": {**found["train"], "seed": None}})
 
 
 def losses_compare(rows: Sequence[TableRow]) -> bool:
@@ -218,11 +218,16 @@ def orderings(sweep: Sweep) -> list[Ordering]:
             if paper[first.name] == paper[second.name]:
                 continue
             better, worse = (first, second) if paper[first.name] > paper[second.name] else (second, first)
-            gap, figure = difference(worse, better, "BrierLM"), "BrierLM"
-            if gap.error is None:  # not defined, or not in every resample of the documents
-                gap, figure = difference(worse, better, "Brier-1"), "Brier-1"
-            found.append(Ordering(better.name, worse.name, gap, figure))
+            found.append(Ordering(better.name, worse.name, *decisive(worse, better)))
     return found
+
+
+def decisive(a: TableRow, b: TableRow) -> tuple[Figure, str]:
+    """b minus a in the figure that decides between them, and its name: BrierLM, or Brier-1 where that has no value or error."""
+    gap = difference(a, b, "BrierLM")
+    if gap.error is not None:
+        return gap, "BrierLM"
+    return difference(a, b, "Brier-1"), "Brier-1"  # BrierLM is not defined, or not in every resample of the documents
 
 
 @dataclass(frozen=True)

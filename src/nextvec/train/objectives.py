@@ -105,6 +105,7 @@ class BrierProbe:
     stride: int  # K of the comparison
     draws: int = 4
     seed: int = 0
+    per_document: bool = False  # keep what each document contributes, from which curves are resampled
 
 
 class Objective:
@@ -165,7 +166,13 @@ class Objective:
             generator=torch.Generator(model.device).manual_seed(probe.seed),
             tokenizer_hash=self.tokenizer.hash,
         )
-        keep = ("brier", "brier_stderr", "brier_lm", "brier_lm_stderr")
+        keep = (
+            "brier",
+            "brier_stderr",
+            "brier_lm",
+            "brier_lm_stderr",
+            *(["per_document"] if probe.per_document else []),
+        )
         return {name: value for name, value in found.to_dict().items() if name in keep}
 
     def _conditioning_gap(self, ids_BT: Tensor, metrics: Metrics, generator: torch.Generator | None) -> Tensor:
@@ -179,7 +186,8 @@ class Objective:
 
     def save(self, path: Path, trained: Mapping[str, Any]) -> None:
         """Write the run directory's model files and card, without training-only parts."""
-        card = model_card(self.config, self.model, self.tokenizer.hash, trained)
+        figures = {name: value for name, value in trained.items() if name != "per_document"}
+        card = model_card(self.config, self.model, self.tokenizer.hash, figures)
         save_run(path, self.config, self.model, self.tokenizer, card)
 
 

@@ -11,7 +11,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-_NOT_TERMS = {"kind", "step", "tokens", "seconds", "cpu_seconds", "lr", "tokens_per_s", "share", "memory_bytes"}
+_NOT_TERMS = {
+    "kind", "step", "tokens", "seconds", "cpu_seconds", "lr", "tokens_per_s", "share", "memory_bytes", "per_document", "progress",
+}  # fmt: skip
 
 
 class _Live(Progress):
