@@ -16,10 +16,10 @@ from torch import Tensor
 from nextvec.errors import DataError
 from nextvec.evaluate.brier import Document, hash_documents
 from nextvec.model.autoencoder import Autoencoder, gaussian_kl
+from nextvec.model.posterior import COLLAPSED
 from nextvec.scoring.clusters import cluster_ratio
 
 NOISES = (0.1, 0.3, 0.5, 1.0)  # c of mean + c * eps, latent units
-COLLAPSED = 0.01  # nats: a dimension that carries less has collapsed to the prior
 
 
 @dataclass(frozen=True)

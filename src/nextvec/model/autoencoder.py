@@ -16,6 +16,7 @@ from nextvec.config import AutoencoderConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.layers import PatchAttention, ResidualMLP, RMSNorm
 from nextvec.model.packed import version
+from nextvec.model.posterior import COLLAPSED
 from nextvec.model.posterior import Posterior as Posterior
 from nextvec.model.posterior import gaussian_kl as gaussian_kl
 from nextvec.model.vocabulary import Vocabulary
@@ -128,7 +129,8 @@ class Autoencoder(nn.Module):
         In training mode tokens and latents are dropped; in evaluation mode neither, so figures are those of a plain draw.
 
         ids (N, K). Returns the scalar loss (nats per patch) and metrics: cross_entropy (nats per token), accuracy
-        (share of tokens), kl (nats per patch, unclipped), sigma (mean posterior std).
+        (share of tokens), kl (nats per patch, unclipped), sigma (mean posterior std), collapsed (dimensions that carry less
+        than COLLAPSED nats on average).
         """
         config = self.config
         token_rate, latent_rate = (config.token_dropout, config.latent_dropout) if self.training else (0.0, 0.0)
@@ -147,6 +149,7 @@ class Autoencoder(nn.Module):
             "accuracy": accuracy.detach(),
             "kl": kl_NL.detach().sum(-1).mean(),
             "sigma": posterior.log_std.detach().exp().mean(),
+            "collapsed": (kl_NL.detach().mean(0) < COLLAPSED).sum().float(),
         }
         return loss, metrics
 

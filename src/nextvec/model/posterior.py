@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+COLLAPSED = 0.01  # nats: a dimension that carries less has collapsed to the prior
+
 
 class Posterior(NamedTuple):
     """A diagonal normal over latents, both (..., L) in float32 (float64 for a float64 model)."""

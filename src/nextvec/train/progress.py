@@ -79,11 +79,16 @@ class Display:
             self._live.stop()
 
 
+def is_term(name: str) -> bool:
+    """Whether a figure of a row is a term of the loss or measured beside it, and no bookkeeping."""
+    return name not in _NOT_TERMS
+
+
 def terms(row: dict[str, Any]) -> str:
     """The loss terms of a row: every number that is not bookkeeping."""
     parts = []
     for name, value in row.items():
-        if name in _NOT_TERMS or value is None:
+        if not is_term(name) or value is None:
             continue
         numbers = value if isinstance(value, list | tuple) else [value]
         parts.append(f"{name} {' '.join('-' if number is None else f'{number:.4g}' for number in numbers)}")

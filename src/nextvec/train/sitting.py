@@ -15,13 +15,14 @@ from nextvec.config import RunConfig
 from nextvec.errors import DataError, UserError
 from nextvec.hardware import Precision, choose_precision, matmul_rates, memory_in_use, synchronize
 from nextvec.train import checkpoint
+from nextvec.train.anomalies import Detector
 from nextvec.train.compile import compile_blocks
 from nextvec.train.data import Data
 from nextvec.train.flops import count_flops
 from nextvec.train.interface import Trainable, TrainResult
 from nextvec.train.interrupt import Interrupt
 from nextvec.train.latents import Encoded
-from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row
+from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row, read_metrics
 from nextvec.train.noise import EVALUATE, TRAIN, generator_for
 from nextvec.train.optim import make_optimizer, rate_factor
 from nextvec.train.progress import Display, duration
@@ -64,6 +65,7 @@ class Sitting:
         self.step, self.seconds, self.logged_step, self.logged_seconds = 0, 0.0, 0, 0.0
         self.cpu_seconds = 0.0
         self.tally = Tally()
+        self.anomalies = Detector.of(config)
         self.writer = Writer(out, settings.keep_last, settings.keep_every, metrics.sync, display.say)
         self.flops_per_token = 0.0
         self.peak_rate = world.size * matmul_rates(device)[self.precision]
@@ -74,6 +76,8 @@ class Sitting:
             self.step, self.seconds, self.writer.saved = state.step, state.seconds, state.step
             self.cpu_seconds = state.cpu_seconds
             self.logged_step, self.logged_seconds = state.logged_step, state.logged_seconds
+            for row in read_metrics(out):
+                self.anomalies.add(row)
         self.agreed_seconds = self.seconds  # of process 0 at the last step: what all of them decide by
         self.stopping = False  # an interrupt that all processes have heard of
         self.wrapped, self.prepared_optimizer = self.accelerator.prepare(self.bare, self.optimizer)
@@ -209,6 +213,7 @@ class Sitting:
             "kind": "train",
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
+            "progress": min(self._done(), 1.0),
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
         }
@@ -260,6 +265,9 @@ class Sitting:
             self.display.say(
                 f"step {self.step} is missing from {self.out / METRICS} ({error.strerror}); training goes on"
             )
+        for anomaly in self.anomalies.add(row):
+            if anomaly.kind != "not finite":  # which each of its steps has said
+                self.display.say(f"anomaly: {anomaly.text}")
         if self.on_log is not None and self.world.first:
             self.on_log(row)
 
@@ -336,11 +344,14 @@ class Sitting:
         self.display.note(f"device {self.device.type}, precision {reason}")
         return chosen
 
+    def _done(self) -> float:
+        """Share of training, from 0 to 1 or a little more."""
+        done = self.step / self.config.train.steps
+        return done if self.time_budget is None else max(done, self.agreed_seconds / self.time_budget)
+
     def _progress(self) -> float:
-        progress = self.step / self.config.train.steps
-        if self.time_budget is not None:
-            progress = max(progress, self.agreed_seconds / self.time_budget)
-        return min(progress, 1.0 - 2**-20)
+        """The same in [0, 1)."""
+        return min(self._done(), 1.0 - 2**-20)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
