@@ -12,7 +12,7 @@ from nextvec.config import AutoencoderConfig
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.packed import PackedLinear, can_pack, has_bf16_products, pack_linears
 from nextvec.model.vocabulary import Vocabulary
-from nextvec.sampling.pools import choose_patch, count_latents
+from nextvec.sampling.pools import choose_patch, count_latents, decode_beginning
 from nextvec.sampling.temperature import batch_temperature, count_equal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -47,6 +47,18 @@ def test_the_argmax_is_that_of_exact_logits(dtype: torch.dtype, size: int, width
         assert torch.equal(vocabulary.argmax(rows), exact(rows, weight))
         assert torch.equal(vocabulary.argmax(rows[:1]), exact(rows[:1], weight))
         assert vocabulary.argmax(rows[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("size", [300, 8192])
+def test_autocast_does_not_round_the_logits(size: int) -> None:
+    """Held-out scores are taken inside the training's autocast."""
+    g = seeded()
+    weight = torch.randn(size, 128, generator=g)
+    weight[1::2] = weight[::2] + 1e-5 * torch.randn(size // 2, 128, generator=g)  # pairs that bf16 cannot tell apart
+    vocabulary = Vocabulary(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vocabulary.argmax(weight[:200])
+    assert torch.equal(found, exact(weight[:200], weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,6 +157,41 @@ def test_only_draws_that_agree_so_far_are_decoded_further(monkeypatch: pytest.Mo
     known = tokens >= 0
     assert torch.equal(tokens[known], full_BNK[known])
     assert int(known.sum()) == sum(decoded)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_only_draws_that_begin_with_the_rest_of_a_prompt_are_decoded_further(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    model, latent_NL = autoencoder(torch.float64), pools(1, 180, 0.3)[0]
+    full_NK = model.decode_tokens(latent_NL)
+    rest = full_NK.unique(dim=0, return_counts=True)
+    rest_K = rest[0][rest[1].argmax(), :length]
+    decoded: list[int] = []
+    original = model.decode_place
+
+    def watched(stem_ND: Tensor, place: int) -> Tensor:
+        decoded.append(len(stem_ND))
+        return original(stem_ND, place)
+
+    monkeypatch.setattr(model, "decode_place", watched)
+    token_NK = decode_beginning(model, latent_NL, 3, rest_K.tolist())
+    agree = [(full_NK[:, :place] == rest_K[:place]).all(1) for place in range(length + 1)]
+    assert torch.equal(token_NK[agree[-1]], full_NK[agree[-1]])
+    assert torch.equal((token_NK[:, :length] == rest_K).all(1), agree[-1])
+    if length:
+        assert 1 < agree[-1].sum() < 180
+        assert decoded == [int(agree[min(place, length)].sum()) for place in range(3)]
+        for place, still in enumerate(agree[:-1]):
+            assert torch.equal(token_NK[:, place] >= 0, still)
+            assert torch.equal(token_NK[still, place], full_NK[still, place])
+    else:
+        assert torch.equal(token_NK, full_NK)
+        assert not decoded
+    foreign = decode_beginning(model, latent_NL, 3, [int(full_NK[:, 0].max()) + 1, 0])
+    assert torch.equal(foreign[:, 0], full_NK[:, 0])
+    assert bool((foreign[:, 1:] == -1).all())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 200])

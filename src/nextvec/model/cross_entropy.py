@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 21  # logits in one chunk: 8 MiB in float32, small enough for a shared cache
+LEAST_ROWS = 128  # of a chunk: each passes once over the weight's gradient, which is large where the vocabulary is
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -25,7 +26,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         with torch.autocast(hidden_ND.device.type, enabled=False), torch.no_grad():
             hidden, weight = hidden_ND.to(compute), weight_VD.to(compute)
-            rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+            rows = max(LEAST_ROWS, CHUNK_ELEMENTS // weight.shape[0])
             loss = torch.zeros((), dtype=wide, device=hidden.device)
             correct = torch.zeros((), dtype=wide, device=hidden.device)
             grad_hidden = torch.empty_like(hidden) if grad else None

@@ -51,11 +51,12 @@ class Vocabulary:
         self._bound = _Bound(self.weight)
 
     def argmax(self, x_ND: Tensor) -> Tensor:
-        """The token (N,) with the largest logit for hidden states (N, D)."""
+        """The token (N,) with the largest logit for hidden states (N, D), the same inside autocast, which is left out here."""
         if x_ND.shape[0] == 0:
             return torch.zeros(0, dtype=torch.int64, device=x_ND.device)
         rows = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
-        return torch.cat([self._quick(x) if self.quick else self._plain(x) for x in x_ND.split(rows)])
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return torch.cat([self._quick(x) if self.quick else self._plain(x) for x in x_ND.split(rows)])
 
     def _plain(self, x_ND: Tensor) -> Tensor:
         """By all logits."""
