@@ -12,22 +12,28 @@ ORDER tokens at temperature 1, SAMPLES times, and scored by Brier-1 .. ORDER aga
 * whole: the same prompts without their last r tokens, scored on the tokens from there: the same length of new text, with
   nothing left over. Not an answer to the question, but what the model is worth where it does not arise.
 
-Standard errors are over documents; `met` is the share of prompts whose r tokens a draw began with.
+Standard errors are over documents; `met` is the share of prompts whose r tokens a draw began with. Last, processor milliseconds
+of the first patch at T = 0.5, the reading of the prompt included, beside the same with every draw decoded whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from nextvec.evaluate.collision import Context, contexts
 from nextvec.files import check_target, write_json
+from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.rundir import load_run
+from nextvec.sampling import draw
 from nextvec.sampling.engine import Engine
 from nextvec.sampling.explain import next_patch
 from nextvec.sampling.settings import Sampling
@@ -38,20 +44,14 @@ from nextvec.text.shards import TokenShards
 CANDIDATES = Sampling.candidates
 ORDER = 4
 SAMPLES = 16
+LONGEST = 64  # patches of a prompt, fewer than
+TIMED = 32  # prompts over which milliseconds are taken
 WAYS = ("nextvec", "left", "middle", "whole")
 
 
-def prompts(shards: TokenShards, size: int, rest: int, count: int, seed: int) -> list[tuple[int, list[int], list[int]]]:
-    """(document, prompt, the ORDER tokens after it), from the beginnings of documents."""
-    generator = torch.Generator().manual_seed(seed)
-    usable = [d for d in range(shards.documents) if len(shards.document(d)) > 12 * size]
-    found = []
-    for turn in range(count):
-        document = usable[turn % len(usable)]
-        ids = shards.document(document).tolist()
-        end = size * int(torch.randint(8, min(64, len(ids) // size - 2), (), generator=generator)) + rest
-        found.append((document, ids[:end], ids[end : end + ORDER]))
-    return found
+def _places(shards: TokenShards, size: int, count: int, seed: int, rest: int) -> list[Context]:
+    documents = [shards.document(index) for index in range(shards.documents)]
+    return contexts(documents, size, count, seed, longest=LONGEST * size, after=ORDER, rest=rest, spare=2)
 
 
 def continuations(model: Calm, asked: Sequence[list[int]], seed: int, pad: int) -> Tensor:
@@ -71,9 +71,9 @@ def score(model: Calm, shards: TokenShards, rest: int, way: str, count: int, see
     size = model.patch_size
     eos, pad = shards.manifest.eos_id, shards.manifest.pad_id
     boundary = [eos] + [pad] * (size - 1)
-    places = prompts(shards, size, rest, count, seed)
+    places = _places(shards, size, count, seed, rest)
     asked, targets = [], []
-    for _, prompt, after in places:
+    for prompt, after, _ in places:
         whole = prompt[: len(prompt) - rest]
         if way == "left":
             # the boundary, pads, and the text so that it ends a patch
@@ -82,11 +82,11 @@ def score(model: Calm, shards: TokenShards, rest: int, way: str, count: int, see
             asked.append(boundary + prompt + [pad] * (size - rest))
         else:
             asked.append(boundary + (whole if way == "whole" else prompt))
-        targets.append((prompt[len(whole) :] + after)[:ORDER] if way == "whole" else after)
+        targets.append(([*prompt[len(whole) :], *after])[:ORDER] if way == "whole" else list(after))
     text_NSn = continuations(model, asked, seed, pad)
     target_Nn = torch.tensor(targets)
     values_Nn = brier_scores(text_NSn.transpose(0, 1), target_Nn, torch.ones_like(target_Nn, dtype=torch.bool)).double()
-    documents = torch.tensor([document for document, _, _ in places])
+    documents = torch.tensor([place.document for place in places])
     found = cluster_ratio(values_Nn, torch.ones_like(target_Nn, dtype=torch.bool), documents)
     assert found.covariance is not None, "one document has no spread"
     return {
@@ -98,11 +98,34 @@ def score(model: Calm, shards: TokenShards, rest: int, way: str, count: int, see
     }
 
 
-def _met(model: Calm, places: Sequence[tuple[int, list[int], list[int]]], seed: int, eos: int, pad: int) -> float:
+def _met(model: Calm, places: Sequence[Context], seed: int, eos: int, pad: int) -> float:
     """Share of prompts whose rest at least one of N draws begins with."""
-    votes = [next_patch(model, prompt, 1.0, CANDIDATES, seed, eos_id=eos, pad_id=pad) for _, prompt, _ in places]
-    rests = [len(prompt) % model.patch_size for _, prompt, _ in places]
+    votes = [next_patch(model, place.ids, 1.0, CANDIDATES, seed, eos_id=eos, pad_id=pad) for place in places]
+    rests = [len(place.ids) % model.patch_size for place in places]
     return sum(vote.matched == rest for vote, rest in zip(votes, rests, strict=True)) / len(places)
+
+
+def milliseconds(model: Calm, shards: TokenShards, rest: int, seed: int) -> dict[str, float]:
+    """Median processor time of the first patch of a prompt alone, by how the pool is decoded; the two ways in turn."""
+    size = model.patch_size
+    eos, pad = shards.manifest.eos_id, shards.manifest.pad_id
+    taken: dict[str, list[float]] = {"as needed": [], "whole": []}
+    for place in _places(shards, size, TIMED, seed, rest):
+        for way, times in taken.items():
+            engine = Engine(model, eos_id=eos, pad_id=pad, slots=1, capacity=LONGEST + 4)
+            engine.add(place.ids, Sampling(0.5, max_tokens=size, seed=seed))
+            begin = time.process_time()
+            if way == "whole":
+                with mock.patch.object(draw, "decode_beginning", _decode_all):
+                    engine.step()
+            else:
+                engine.step()
+            times.append(1e3 * (time.process_time() - begin))
+    return {way: sorted(times)[len(times) // 2] for way, times in taken.items()}
+
+
+def _decode_all(decoder: Autoencoder, latent_NL: Tensor, patch_size: int, rest: Sequence[int]) -> Tensor:
+    return decoder.decode_tokens(latent_NL)
 
 
 @torch.inference_mode()
@@ -128,8 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             met = "" if row["met"] is None else f"  met {row['met']:.0%}"
             print(f"r = {rest}  {way:<10} Brier-1..{ORDER} x 100: {orders}{met}", flush=True)
+    times = {str(rest): milliseconds(model, shards, rest, chosen.seed) for rest in range(model.patch_size)}
+    for rest_of, each in times.items():
+        print(
+            f"r = {rest_of}  first patch: " + ", ".join(f"decoded {way} {value:.1f} ms" for way, value in each.items())
+        )
     if chosen.json:
-        write_json(chosen.json, {"prompts": chosen.prompts, "samples": SAMPLES, "seed": chosen.seed, "rows": rows})
+        settings = {"prompts": chosen.prompts, "samples": SAMPLES, "seed": chosen.seed}
+        write_json(chosen.json, {**settings, "rows": rows, "milliseconds": times})
 
 
 if __name__ == "__main__":

@@ -25,156 +25,70 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nextvec.evaluate.collision import (
+    CANDIDATES,
+    DRAWS,
+    SIZES,
+    Context,
+    Patch,
+    Points,
+    Tally,
+    contexts,
+    draw_figures,
+    measure_latents,
+    measure_tokens,
+    patches,
+    state_of,
+)
 from nextvec.files import atomic_path, check_target, write_json
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import load_run
 from nextvec.sampling.approximate import adaptive_patch, centre, medoid, scaled_noise, shrunk
-from nextvec.sampling.generate import generate
 from nextvec.sampling.pools import choose_patch
-from nextvec.sampling.settings import Sampling, row_generator
-from nextvec.sampling.temperature import pool_probabilities
-from nextvec.scoring.clusters import cluster_ratio
+from nextvec.sampling.settings import row_generator
 from nextvec.text.shards import TokenShards
 
-POOLS, CANDIDATES = 4, 200
-TEMPERATURES = (1.0, 0.75, 0.6, 0.5, 0.4, 1 / 3, 0.25)
-SIZES = (2, 4, 8, 16, 50, 200)
 NOISES = (0.0, 0.1, 0.25, 0.5, 0.75)
 SHRINKS = (0.25, 0.5, 0.75)
 ERRORS = (0.05, 0.2, 0.5)
-DRAWS, PAIR = 32, 2
 TIMED = 12  # contexts over which seconds are taken
 CPU = torch.device("cpu")
-Points = list[dict[str, Any]]
-
-
-class Context:
-    """Tokens read, the true patch after them, the document's number."""
-
-    def __init__(self, ids: list[int], target: tuple[int, ...], document: int) -> None:
-        self.ids, self.target, self.document = ids, target, document
-
-
-def contexts(shards: TokenShards, patch_size: int, count: int, longest: int, seed: int) -> list[Context]:
-    """`count` places in as many documents as there are, at whole patches, after 8 patches or more."""
-    generator = torch.Generator().manual_seed(seed)
-    usable = [d for d in range(shards.documents) if len(shards.document(d)) > 10 * patch_size]
-    found = []
-    for turn in range(count):
-        document = usable[turn % len(usable)]
-        ids = shards.document(document).tolist()
-        most = min(len(ids), longest) // patch_size
-        end = int(torch.randint(8, most, (), generator=generator)) * patch_size
-        found.append(Context(ids[:end], tuple(ids[end : end + patch_size]), document))
-    return found
-
-
-class Tally:
-    """Means over contexts of accuracy and collision, with standard errors clustered by document."""
-
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, float], list[tuple[int, float, float, float, float]]] = {}
-
-    def add(self, method: str, strength: float, document: int, figures: Sequence[float]) -> None:
-        first, together, pair, same = figures
-        self.rows.setdefault((method, strength), []).append((document, first, together, pair, same))
-
-    def points(self) -> Points:
-        return [
-            {"method": method, "strength": strength, **_summary(rows)} for (method, strength), rows in self.rows.items()
-        ]
-
-
-def _summary(rows: list[tuple[int, float, float, float, float]]) -> dict[str, float]:
-    values = torch.tensor([row[1:] for row in rows], dtype=torch.float64)
-    found = cluster_ratio(values, torch.ones_like(values, dtype=torch.bool), torch.tensor([row[0] for row in rows]))
-    assert found.covariance is not None, "one document has no spread"
-    mean, error = found.mean, found.covariance.diagonal().sqrt()
-    names = ("token_accuracy", "token_collision", "pair_accuracy", "pair_collision")
-    return dict(zip(names, mean.tolist(), strict=True)) | {
-        f"{name}_stderr": value for name, value in zip(names, error.tolist(), strict=True)
-    }
-
-
-def law_figures(laws: list[dict[tuple[int, ...], float]], target: tuple[int, ...]) -> list[float]:
-    """Accuracy and collision from independent laws of the patch (each the law given one pool)."""
-    found = []
-    for length in (1, PAIR):
-        short: list[dict[tuple[int, ...], float]] = []
-        for law in laws:
-            short.append({})
-            for patch, chance in law.items():
-                short[-1][patch[:length]] = short[-1].get(patch[:length], 0.0) + chance
-        pairs = list(itertools.combinations(short, 2))
-        found.append(sum(law.get(target[:length], 0.0) for law in short) / len(short))
-        found.append(sum(sum(c * right.get(x, 0.0) for x, c in left.items()) for left, right in pairs) / len(pairs))
-    return found
-
-
-def draw_figures(draws: Sequence[tuple[int, ...]], target: tuple[int, ...]) -> list[float]:
-    """The same from independent draws."""
-    return law_figures([{draw: 1.0} for draw in draws], target)
-
-
-def tuples(ids_NK: Tensor) -> list[tuple[int, ...]]:
-    return [tuple(patch) for patch in ids_NK.tolist()]
-
-
-def state_of(model: Calm, context: Context, eos: int, pad: int) -> Tensor:
-    size = model.patch_size
-    ids = [eos] + [pad] * (size - 1) + context.ids
-    return model.states(torch.tensor(ids).view(1, -1, size))[0, -1]
 
 
 def measure_calm(model: Calm, places: list[Context], eos: int, pad: int, seed: int, tally: Tally) -> None:
-    for index, context in enumerate(places):
-        generator, state_D = row_generator(seed, index, CPU), state_of(model, context, eos, pad)
-        latent_NL = model.draw_latents(state_D, POOLS * CANDIDATES, generator)
-        token_NK = model.autoencoder.decode_tokens(latent_NL)
+    """The batch sampler and the centre as the package measures them, and the other approximations on the same draws."""
+    decode, done = model.autoencoder.decode_tokens, itertools.count()
 
-        def add(method: str, strength: float, figures: list[float], document: int = context.document) -> None:
-            tally.add(method, strength, document, figures)
+    def more(
+        context: Context, state_D: Tensor, latent_NL: Tensor, token_NK: Tensor, generator: torch.Generator
+    ) -> None:
+        def add(method: str, strength: float, draws: list[Patch]) -> None:
+            tally.add(method, strength, context.document, draw_figures(draws, context.target))
 
-        for temperature in TEMPERATURES:
-            if temperature == 1:
-                add("batch sampler", 1.0, draw_figures(tuples(token_NK[: 4 * DRAWS]), context.target))
-                continue
-            laws = []
-            for pool_NK in token_NK.split(CANDIDATES):
-                law: dict[tuple[int, ...], float] = {}
-                chances = pool_probabilities(pool_NK[None], temperature)[0].tolist()
-                for patch, chance in zip(tuples(pool_NK), chances, strict=True):
-                    law[patch] = law.get(patch, 0.0) + chance
-                laws.append(law)
-            add("batch sampler", temperature, law_figures(laws, context.target))
-        decode = model.autoencoder.decode_tokens
         for size in SIZES:
-            group_GNL = latent_NL.unflatten(0, (-1, size))[:DRAWS]
-            add("medoid", size, draw_figures(tuples(decode(medoid(group_GNL))), context.target))
-            add("centre", size, draw_figures(tuples(decode(centre(group_GNL))), context.target))
+            add("medoid", size, patches(decode(medoid(latent_NL.unflatten(0, (-1, size))[:DRAWS]))))
         for scale in SHRINKS:
-            near_GL = shrunk(latent_NL.unflatten(0, (-1, 25)), scale)
-            add("shrunk", scale, draw_figures(tuples(decode(near_GL)), context.target))
+            add("shrunk", scale, patches(decode(shrunk(latent_NL.unflatten(0, (-1, 25)), scale))))
         for scale in NOISES:
             quiet_NL = scaled_noise(model.head, state_D, DRAWS, generator, scale)  # type: ignore[arg-type]
-            add("noise", scale, draw_figures(tuples(decode(quiet_NL)), context.target))
+            add("noise", scale, patches(decode(quiet_NL)))
         for error in ERRORS:
             picked = [
                 adaptive_patch(_Served(pool_NK), 0.5, CANDIDATES, error, generator)
                 for pool_NK in token_NK.split(CANDIDATES)
             ]
-            add("adaptive pool", error, draw_figures([tuple(p.tolist()) for p, _ in picked], context.target))
-            tally.rows.setdefault(("draws of the adaptive pool", error), []).append(
-                (context.document, *(sum(used for _, used in picked) / len(picked),) * 4)
-            )
-        if index % 20 == 0:
+            add("adaptive pool", error, [tuple(p.tolist()) for p, _ in picked])
+            used = sum(used for _, used in picked) / len(picked)
+            tally.add("draws of the adaptive pool", error, context.document, [used] * 4)
+        if (index := next(done)) % 20 == 0:
             print(f"{index} of {len(places)} contexts", flush=True)
+
+    measure_latents(model, places, tally, eos_id=eos, pad_id=pad, seed=seed, more=more)
 
 
 class _Served:
@@ -186,26 +100,6 @@ class _Served:
     def __call__(self, count: int) -> Tensor:
         given, self._left = self._left[:count], self._left[count:]
         return given
-
-
-def measure_baseline(model: TokenLM, places: list[Context], eos: int, pad: int, seed: int, tally: Tally) -> None:
-    size = PAIR
-    for temperature in TEMPERATURES:
-        settings = Sampling(temperature, max_tokens=size, seed=seed)
-        rows: list[list[int]] = [[] for _ in range(DRAWS * len(places))]
-        # end-of-text is a token like any other here, as it is in the other arms
-        for step in generate(
-            model, [c.ids for c in places], settings, eos_id=eos, pad_id=pad, samples=DRAWS, slots=128
-        ):
-            for row, tokens in enumerate(step.tokens):
-                rows[row] += tokens
-        for index, context in enumerate(places):
-            ids = torch.tensor([eos, *context.ids]).view(1, -1, 1)
-            law_V = (model.log_probabilities(model.states(ids)[0, -1]) / temperature).softmax(-1)
-            texts = [tuple(row + [eos] * (size - len(row))) for row in rows[index * DRAWS : (index + 1) * DRAWS]]
-            pair = draw_figures(texts, context.target)[2:]
-            token = [float(law_V[context.target[0]]), float(law_V.square().sum())]
-            tally.add("baseline", temperature, context.document, [*token, *pair])
 
 
 def seconds(model: Calm, places: list[Context], eos: int, pad: int) -> dict[str, float]:
@@ -293,10 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert isinstance(baseline, TokenLM)
     shards = TokenShards.open(chosen.demo / "data" / "shards" / "valid")
     eos, pad = shards.manifest.eos_id, shards.manifest.pad_id
-    places = contexts(shards, calm.patch_size, chosen.contexts, chosen.longest, chosen.seed)
+    documents, size = [shards.document(index) for index in range(shards.documents)], calm.patch_size
+    places = contexts(documents, size, chosen.contexts, chosen.seed, longest=chosen.longest, after=size)
     tally = Tally()
     measure_calm(calm, places, eos, pad, chosen.seed, tally)
-    measure_baseline(baseline, places, eos, pad, chosen.seed, tally)
+    measure_tokens(baseline, places, tally, eos_id=eos, pad_id=pad, seed=chosen.seed, method="baseline")
     points = tally.points()
     taken = seconds(calm, places, eos, pad)
     for point in points:

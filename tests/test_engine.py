@@ -14,6 +14,7 @@ from nextvec.errors import UserError
 from nextvec.model.cache import KVCache
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
+from nextvec.sampling import draw
 from nextvec.sampling.engine import Engine, Pool, inputs_needed
 from nextvec.sampling.generate import generate, generate_texts, stream_pieces, stream_text
 from nextvec.sampling.settings import Sampling
@@ -268,6 +269,7 @@ def test_every_event_tells_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = torch.tensor([[7, 8, 9]] * 5 + [[7, 1, 1]] * 3 + [[5, 5, 5]] * 4)
     decode = model.autoencoder.decode_tokens
     monkeypatch.setattr(model.autoencoder, "decode_tokens", lambda z: pool if len(z) == len(pool) else decode(z))
+    monkeypatch.setattr(draw, "decode_beginning", lambda decoder, latent, size, rest: pool)
     one = engine(model)
     one.add(PROMPT[:9], Sampling(0.5, 12, 6))
     one.add(PROMPT[:9], Sampling(1.0, 12, 6))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextvec.model.interface import LanguageModel
 from nextvec.sampling.approximate import centre
-from nextvec.sampling.pools import PlaceDecoder, choose_patch
+from nextvec.sampling.pools import PlaceDecoder, choose_patch, decode_beginning
 from nextvec.sampling.settings import Law
 from nextvec.sampling.temperature import Generators, batch_temperature, condition, count_equal, sample_logits
 
@@ -92,7 +92,10 @@ def complete_patch(
 
 
 class Grown(NamedTuple):
-    """Draws of one patch: tokens (N, K), latents (N, L) of a model that has them, how many begin with what is given."""
+    """Draws of one patch: tokens (N, K), latents (N, L) of a model that has them, how many begin with what is given.
+
+    Tokens of a draw that does not begin so may be -1 behind the first that differs.
+    """
 
     tokens: Tensor
     latents: Tensor | None
@@ -115,7 +118,7 @@ def grow_pool(
     while agreeing < (ENOUGH if rest else 1) and len(pools) < MOST_POOLS:
         if isinstance(model, HasLatents) and model.has_latents:
             latents.append(model.draw_latents(state_D, candidates, generator))
-            pools.append(model.autoencoder.decode_tokens(latents[-1]))
+            pools.append(decode_beginning(model.autoencoder, latents[-1], model.patch_size, rest))
         else:
             pools.append(model.draw_tokens(state_D, candidates, generator))
         agreeing += int((pools[-1][:, : len(rest)] == rest_K).all(1).sum()) if rest else len(pools[-1])

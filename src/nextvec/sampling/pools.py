@@ -1,15 +1,17 @@
-"""One patch per row from pools of latents, decoding no more of them than the choice needs.
+"""Pools of latents, and no more of them decoded than the choice of a patch needs.
 
 The batch sampler's choice depends on how many copies each draw has in its pool, not on its tokens. So the places of a patch
 are decoded one after the other, and a draw that agrees with no other draw so far is not decoded further: it has one copy,
 whatever its other tokens are. The counts, and with the same random number the patch chosen, are those of full decoding
-(`batch_temperature`); at K = 4 and 200 candidates about 40 % of the decoding remains (docs/sampling.md).
+(`batch_temperature`); at K = 4 and 200 candidates about 40 % of the decoding remains (docs/sampling.md). Likewise a draw that
+is to begin with the rest of a prompt is decoded no further than it does.
 
 Legend: B rows, N candidates of a row's pool, M = B * N, L latent, D width, K tokens per patch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -89,3 +91,23 @@ def count_latents(decoder: PlaceDecoder, latent_BNL: Tensor, patch_size: int) ->
         if not len(alive):
             break
     return count_M.view(rows, candidates), token_MK.view(rows, candidates, patch_size)
+
+
+def decode_beginning(decoder: PlaceDecoder, latent_NL: Tensor, patch_size: int, rest: Sequence[int]) -> Tensor:
+    """`decoder.decode_tokens(latents)`, (N, K), of draws that begin with `rest`; of others -1 after the first token that differs.
+
+    On a GPU everything is decoded, as in `choose_patch`.
+    """
+    if not rest or latent_NL.device.type != "cpu":
+        return decoder.decode_tokens(latent_NL)
+    stem_ND = decoder.decode_stem(latent_NL)
+    token_NK = torch.full((len(latent_NL), patch_size), -1, dtype=torch.int64)
+    alive = torch.arange(len(latent_NL))
+    for place in range(patch_size):
+        token = decoder.decode_place(stem_ND if len(alive) == len(stem_ND) else stem_ND[alive], place)
+        token_NK[alive, place] = token
+        if place < len(rest):
+            alive = alive[token == rest[place]]
+            if not len(alive):
+                break
+    return token_NK

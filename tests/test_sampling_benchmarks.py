@@ -1,0 +1,106 @@
+"""The benchmarks of sampling run whole on tiny models, and begin where they say in held-out documents."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextvec.config import CalmRun, DataSettings, TokenLMConfig, TokenLMRun
+from nextvec.errors import DataError
+from nextvec.evaluate.collision import contexts
+from nextvec.rundir import save_run
+from nextvec.text.prepare import prepare
+from nextvec.text.shards import TokenShards
+from sampling_models import BACKBONE, TOKENIZER, VOCAB, calm, calm_config, token_lm
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a demo leaves behind, of models that were not trained."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "text").mkdir()
+    for index in range(8):
+        (folder / "text" / f"{index}.md").write_text(f"{index} and {index}. " * (5 + 8 * index))
+    prepared = prepare([str(folder / "text")], TOKENIZER, folder / "data" / "shards", valid_fraction=0, workers=1)
+    prepared.train.rename(folder / "data" / "shards" / "valid")
+    data = DataSettings(path="unused")
+    save_run(folder / "calm", CalmRun(data=data, model=calm_config(4)), calm(4, torch.float32), TOKENIZER)
+    tokens = TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE)
+    save_run(folder / "baseline", TokenLMRun(data=data, model=tokens), token_lm(torch.float32), TOKENIZER)
+    return folder
+
+
+def benchmark(name: str) -> Any:
+    return runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"]
+
+
+def shards(demo: Path) -> TokenShards:
+    return TokenShards.open(demo / "data" / "shards" / "valid")
+
+
+@pytest.mark.parametrize(("rest", "spare"), [(0, 0), (3, 2)])
+def test_places_are_followed_by_their_targets(demo: Path, rest: int, spare: int) -> None:
+    documents = [shards(demo).document(index) for index in range(8)]
+    texts = [document.tolist() for document in documents]
+    found = contexts(documents, 4, 40, 1, longest=100, after=4, rest=rest, spare=spare)
+    assert len({place.document for place in found}) == sum(len(text) > 4 * (10 + spare) for text in texts) > 1
+    assert len({len(place.ids) for place in found}) > 5
+    for place in found:
+        text, whole = texts[place.document], len(place.ids) - rest
+        assert place.ids + list(place.target) == text[: whole + rest + 4]
+        assert len(place.target) == 4
+        assert whole % 4 == 0
+        assert 32 <= whole < min(100, len(text) - 4 * spare)
+    assert found == contexts(documents, 4, 40, 1, longest=100, after=4, rest=rest, spare=spare)
+    with pytest.raises(DataError, match="no held-out document is longer than 800 tokens"):
+        contexts(documents, 80, 1, 0, longest=2000, after=4)
+
+
+def test_prompts_that_end_inside_a_patch(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = benchmark("prompt_remainder")
+    for name, fewer in (("SAMPLES", 3), ("TIMED", 2), ("CANDIDATES", 20)):
+        monkeypatch.setitem(main.__globals__, name, fewer)
+    data = ["--data", str(demo / "data" / "shards" / "valid")]
+    main([str(demo / "calm"), *data, "--prompts", "4", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["rest"], row["way"]) for row in found["rows"]] == [
+        (rest, way) for rest in (1, 2, 3) for way in ("nextvec", "left", "middle", "whole")
+    ]
+    for row in found["rows"]:
+        assert all(-100 <= value <= 100 for value in row["brier"])
+        assert len(row["brier"]) == len(row["stderr"]) == 4
+        assert (row["met"] is None) is (row["way"] != "nextvec")
+    whole = [row["brier"] for row in found["rows"] if row["way"] == "whole"]
+    assert whole[0] == whole[1] == whole[2]  # of the same prompts, whatever rest they were cut at
+    assert found["milliseconds"].keys() == {"0", "1", "2", "3"}
+    assert all(value > 0 for ways in found["milliseconds"].values() for value in ways.values())
+    assert capsys.readouterr().out.count("Brier-1..4 x 100") == 12
+
+
+def test_accuracy_against_collision(demo: Path, tmp_path: Path) -> None:
+    main = benchmark("sampling_curves")
+    out = tmp_path / "found.json"
+    main([str(demo), "--contexts", "4", "--json", str(out), "--svg", str(tmp_path / "figure.svg")])
+    found = json.loads(out.read_text())
+    assert found["contexts"] == found["documents"] == 4
+    points = {(point["method"], point["strength"]): point for point in found["points"]}
+    methods = {"batch sampler", "medoid", "centre", "shrunk", "noise", "adaptive pool", "baseline"}
+    assert methods <= {method for method, _ in points}
+    for (method, _), point in points.items():
+        if method in methods:
+            for unit in ("token", "pair"):
+                assert 0 <= point[f"{unit}_accuracy"] <= 1
+                assert -1e-9 <= point[f"{unit}_collision"] <= 1 + 1e-9
+            assert point["pair_collision"] <= point["token_collision"] + 1e-9 or method == "baseline"
+    assert points["noise", 0.0]["pair_collision"] == 1  # without noise all draws are one
+    assert all(value > 0 for value in found["milliseconds"].values())
+    assert (tmp_path / "figure.svg").read_text().count("<svg") == 1
