@@ -3,7 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/distributed_drift.py --json distributed_drift.json
 
 A tiny CALM on bytes, fp32, 8 batches a step, started by torchrun with gloo; one run is begun by 2 processes and goes on with
-4. Drift of a step is |loss - loss of one process| / loss of one process; printed are the largest and the mean over steps.
+4. Then the same with the model split over the processes (train.sharding=full), with Muon and with AdamW alone, and one such
+run from 2 to 4 to 1. Drift of a step is |loss - loss of one process| / loss of one process; printed are the largest and the
+mean over steps.
 """
 
 from __future__ import annotations
@@ -54,8 +56,16 @@ def main() -> None:
             found[f"{processes} processes"] = drift(one, train(str(processes), processes, constant))
         train("moved", 2, constant, stop=options.steps // 2)
         found["2 processes, then 4"] = drift(one, train("moved", 4, constant, "--resume"))
+        sharded = (constant, "train.sharding=full")
+        for processes in (2, 4):
+            found[f"{processes} sharded"] = drift(one, train(f"sharded-{processes}", processes, *sharded))
+        train("wandered", 2, *sharded, stop=options.steps // 3)
+        train("wandered", 4, *sharded, "--resume", stop=2 * options.steps // 3)
+        found["2 sharded, then 4, then 1"] = drift(one, train("wandered", 1, *sharded, "--resume"))
+        adamw = train("one-adamw", 1, constant, "optim.name=adamw")
+        found["4 sharded, AdamW"] = drift(adamw, train("sharded-adamw", 4, *sharded, "optim.name=adamw"))
     for name, figures in found.items():
-        print(f"{name:20}  max {figures['max']:.1e}  mean {figures['mean']:.1e}  over {figures['steps']} steps")
+        print(f"{name:26}  max {figures['max']:.1e}  mean {figures['mean']:.1e}  over {figures['steps']} steps")
     if options.json is not None:
         write_json(options.json, found)
 

@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --kills 20 --json kill_resume.json
     OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --kills 20 --processes 2 --json kill_resume_2.json
+    OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --kills 20 --processes 2 --sharding full --json kill_resume_sharded.json
 
 A tiny CALM on bytes. The step to kill at is random, and so is the moment within it, so some kills hit a checkpoint being
 written. With one process the command is started again with --resume. With more, `torchrun --max-restarts` runs the same
 command, one random process is killed, and torchrun alone brings all of them back.
 
-Compared at the end: the bytes of the last checkpoint (parameters, optimiser state, sums of metrics), the exported weights,
+Compared at the end: the bits of the last checkpoint (parameters, optimiser state, sums of metrics), the exported weights,
 and the metrics of every step, times left out; these tell of every batch and every draw of noise.
 """
 
@@ -26,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors.torch import load_file
 
 from nextvec.cli import app
 from nextvec.cli import commands as commands  # registers the verbs
-from nextvec.files import check_target, sha256, write_json
+from nextvec.files import check_target, write_json
 from nextvec.hardware import environment
 from nextvec.text.prepare import prepare
 from nextvec.text.tokenizer import byte_tokenizer
@@ -58,10 +60,10 @@ def nextvec(verb: str) -> list[str]:
     return [sys.executable, "-c", "from nextvec.cli import main; main()", "train", verb]
 
 
-def command(inputs: Path, out: Path, steps: int, processes: int, restarts: int) -> list[str]:
-    """The command that trains the language model into `out`."""
+def command(inputs: Path, out: Path, steps: int, processes: int, restarts: int, *more: str) -> list[str]:
+    """The command that trains the language model into `out`; `more`: settings."""
     options = ["--data", inputs / "shards", "--autoencoder", inputs / "ae", "--out", out, "--device", "cpu"]
-    words = [*options, *TRAIN, *SMALL, *BACKBONE, *HEAD, f"train.steps={steps}"]
+    words = [*options, *TRAIN, *SMALL, *BACKBONE, *HEAD, f"train.steps={steps}", *more]
     if processes == 1:
         return [str(word) for word in [*nextvec("lm"), *words]]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -83,7 +85,7 @@ def wait_for(out: Path, step: int, process: subprocess.Popen[bytes], seconds: fl
         time.sleep(0.005)
 
 
-def killed_run(inputs: Path, out: Path, steps: int, processes: int, kills: int, seed: int) -> list[int]:
+def killed_run(inputs: Path, out: Path, steps: int, processes: int, kills: int, seed: int, *settings: str) -> list[int]:
     """Train to the end in spite of `kills` kills; returns the newest step in the metrics at each."""
     choose = random.Random(seed)
     at: list[int] = []
@@ -91,7 +93,8 @@ def killed_run(inputs: Path, out: Path, steps: int, processes: int, kills: int, 
 
         def start() -> subprocess.Popen[bytes]:
             more = ["--resume"] if processes == 1 and at else []
-            return subprocess.Popen([*command(inputs, out, steps, processes, kills), *more], stdout=log, stderr=log)
+            words = command(inputs, out, steps, processes, kills, *settings)
+            return subprocess.Popen([*words, *more], stdout=log, stderr=log)
 
         running = start()
         for number in range(kills):
@@ -120,12 +123,18 @@ def differences(a: Path, b: Path) -> list[str]:
     """What differs between two finished runs; nothing where both ended in the same bits."""
     found = []
     last = sorted((a / "checkpoints").glob("step-*"))[-1].name
-    for name in (*(f"checkpoints/{last}/{part}.safetensors" for part in ("module", "optimizer")), "model.safetensors"):
-        if not (b / name).is_file() or sha256(a / name) != sha256(b / name):
+    names = {path.name for run in (a, b) for path in (run / "checkpoints" / last).glob("*.safetensors")}
+    for name in (*(f"checkpoints/{last}/{name}" for name in sorted(names)), "model.safetensors"):
+        if not (b / name).is_file() or tensors(a / name) != tensors(b / name):
             found.append(name)
     if rows(a) != rows(b):
         found.append("metrics.jsonl")
     return found
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    """The bytes of every tensor in a file; of a file as a whole the order of its notes may differ."""
+    return {name: value.numpy().tobytes() for name, value in load_file(path).items()}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -137,26 +146,31 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--sharding", choices=["none", "full"], default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     check_target(options.json)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    steps, processes, seed, sharding = (
+        options.steps,
+        options.processes,
+        options.seed,
+        f"train.sharding={options.sharding}",
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder / "inputs")
-        killed_run(folder / "inputs", folder / "whole", options.steps, options.processes, 0, options.seed)
+        killed_run(folder / "inputs", folder / "whole", steps, processes, 0, seed, sharding)
         began = time.monotonic()
-        at = killed_run(
-            folder / "inputs", folder / "killed", options.steps, options.processes, options.kills, options.seed
-        )
+        at = killed_run(folder / "inputs", folder / "killed", steps, processes, options.kills, seed, sharding)
         found = differences(folder / "whole", folder / "killed")
         seconds = time.monotonic() - began
-    print(f"{len(at)} kills of a run of {options.steps} steps on {options.processes} processes, {seconds:.0f} s")
+    print(f"{len(at)} kills of a run of {steps} steps on {processes} processes, {sharding}, {seconds:.0f} s")
     print(f"killed after steps {', '.join(map(str, at))}")
     print(f"differs from the run left alone in: {', '.join(found) or 'nothing, bit for bit'}")
     if options.json is not None:
-        settings = {"steps": options.steps, "processes": options.processes, "seed": options.seed}
+        settings = {"steps": steps, "processes": processes, "sharding": options.sharding, "seed": seed}
         machine = json.loads(json.dumps(environment().__dict__, default=str))
         write_json(options.json, {**settings, "killed_after": at, "differences": found, "machine": machine})
     if found:

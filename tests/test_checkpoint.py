@@ -188,8 +188,8 @@ def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     content = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(content | {"format": 2}))
-    with pytest.raises(ConfigError, match=r"has format 2, newer than this nextvec reads \(1\)"):
+    (path / "state.json").write_text(json.dumps(content | {"format": 3}))
+    with pytest.raises(ConfigError, match=r"has format 3, newer than this nextvec reads \(2\)"):
         checkpoint.latest(tmp_path)
 
 

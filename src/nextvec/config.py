@@ -236,6 +236,7 @@ class TrainSettings(Config):
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where measured faster
     compile: bool = False  # torch.compile of the repeated blocks
     activation_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, more time
+    sharding: Literal["none", "full"] = "none"  # full: several processes hold a part of the model each, not all of it
     log_every: Positive = 10  # steps
     eval_every: Count = 0  # steps; 0: only at the end
     save_every: Count = 0  # steps; 0: by the clock alone, at the end and on Ctrl-C

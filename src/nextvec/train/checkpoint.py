@@ -4,6 +4,8 @@
     optimizer.safetensors  `<parameter>/<slot>` of AdamW, and `metrics/<name>` sums since the last log line
     state.json             position, precision, settings, and the SHA-256 of both files and of itself
 
+That of a sharded run has one file of tensors from each process instead (parts.py), and format 2.
+
 A checkpoint is written into a hidden folder, fsynced and renamed, so one that has its final name is whole. Frozen
 parameters (the autoencoder of a CALM run) are not stored; their digest is, so that others are refused. Saving has two
 halves: `snapshot` copies the state to the host, `write` puts a copy on disk and may run on another thread (writer.py).
@@ -14,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,8 @@ from nextvec.errors import ConfigError, DataError, UserError
 from nextvec.files import disk_error, fsync_folder, read_json, sha256, write_json, write_tensors
 from nextvec.hardware import Precision
 
-FORMAT = 1  # version of state.json
+WHOLE, PARTS = 1, 2  # formats of state.json: all of a tensor in one file, or the part of each process in its own
+FORMAT = PARTS  # newest that is read
 KEEP = 2  # newest checkpoints kept in a run directory
 MODULE, OPTIMIZER, STATE = "module.safetensors", "optimizer.safetensors", "state.json"
 CONTINUED = (
@@ -43,6 +47,7 @@ CONTINUED = (
     "train.keep_every",
     "train.skip_limit",
     "train.activation_checkpointing",
+    "train.sharding",
     "data.path",
     "data.mixture",
     "start",
@@ -56,7 +61,7 @@ class TrainState(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = FORMAT
+    format: int = WHOLE
     step: int  # optimiser steps done
     tokens: int  # tokens trained on, pads included
     seconds: float  # training time over all sittings, without evaluation and saving
@@ -77,6 +82,11 @@ class Checkpoint:
     path: Path
     state: TrainState
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether its tensors lie in parts (parts.py)."""
+        return self.state.format == PARTS
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -91,7 +101,7 @@ def snapshot(
     state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer, sums: Mapping[str, Tensor]
 ) -> Snapshot:
     """Copy what a checkpoint holds; training may go on as soon as this returns. Waits for the device."""
-    return Snapshot(state, _copied(_module_tensors(module)), _copied(_optimizer_tensors(optimizer, sums)))
+    return Snapshot(state, _copied(module_tensors(module)), _copied(_optimizer_tensors(optimizer, sums)))
 
 
 def write(run: Path, taken: Snapshot, keep_last: int = KEEP, keep_every: int = 0) -> Path:
@@ -100,34 +110,58 @@ def write(run: Path, taken: Snapshot, keep_last: int = KEEP, keep_every: int = 0
     Whatever goes wrong, the checkpoints that were there stay. Raises DataError when the disk is full, UserError for
     weights that are not finite.
     """
-    bad = next((name for name, tensor in taken.module.items() if not bool(tensor.isfinite().all())), None)
+    check_finite(taken.module)
+    with new_folder(run, taken.state.step) as partial:
+        write_tensors(partial / MODULE, taken.module)
+        write_tensors(partial / OPTIMIZER, taken.optimizer)
+        final = complete(partial, taken.state, {name: sha256(partial / name) for name in (MODULE, OPTIMIZER)})
+    thin_out(run, keep_last, keep_every)
+    return final
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raises UserError when a weight is not finite."""
+    bad = next((name for name, tensor in weights.items() if not bool(tensor.isfinite().all())), None)
     if bad is not None:
         raise UserError(f"{bad} is not finite")
+
+
+@contextmanager
+def new_folder(run: Path, step: int) -> Iterator[Path]:
+    """The hidden folder that `complete` makes a checkpoint of; what else is left of it at the end is removed.
+
+    Raises DataError when the disk is full.
+    """
     folder = Path(run) / "checkpoints"
-    final = folder / f"step-{taken.state.step:08d}"
-    partial = folder / f".{final.name}.tmp"
+    partial = folder / f".step-{step:08d}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_partial(folder)
         partial.mkdir()
-        write_tensors(partial / MODULE, taken.module)
-        write_tensors(partial / OPTIMIZER, taken.optimizer)
-        content = taken.state.model_dump(mode="json") | {
-            "sha256": {name: sha256(partial / name) for name in (MODULE, OPTIMIZER)}
-        }
-        write_json(partial / STATE, content | {"digest": _digest(content)})
-        if final.exists():
-            final.rename(folder / f".{final.name}.old.tmp")
-        partial.rename(final)
-        fsync_folder(folder)
+        yield partial
     except OSError as error:
-        raise disk_error(error, final) from error
+        raise disk_error(error, _final(partial)) from error
     finally:
         _remove_partial(folder)
+
+
+def complete(partial: Path, state: TrainState, sums: Mapping[str, str]) -> Path:
+    """Write state.json beside the files whose SHA-256 are given, and give the folder its final name."""
+    content = state.model_dump(mode="json") | {"sha256": dict(sums)}
+    write_json(partial / STATE, content | {"digest": _digest(content)})
+    final = _final(partial)
+    if final.exists():
+        final.rename(partial.with_name(f".{final.name}.old.tmp"))
+    partial.rename(final)
+    fsync_folder(final.parent)
+    return final
+
+
+def thin_out(run: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all checkpoints but the newest `keep_last` and those of every `keep_every` steps."""
     for old in _steps(run)[keep_last:]:
         if not keep_every or _step_of(old) % keep_every:
             shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def latest(run: Path, say: Say | None = None) -> Checkpoint | None:
@@ -166,21 +200,29 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Op
     Raises DataError when the module has other parameters or shapes than the checkpoint.
     """
     stored = load_file(checkpoint.path / MODULE)
-    wanted = _module_tensors(module)
-    different = sorted(
-        n
-        for n in wanted.keys() | stored.keys()
-        if n not in wanted or n not in stored or wanted[n].shape != stored[n].shape
-    )
-    if different:
-        raise DataError(f"checkpoint {checkpoint.path} does not fit this model: {', '.join(different[:3])} differ")
+    wanted = module_tensors(module)
+    check_fits(checkpoint, wanted, {name: tensor.shape for name, tensor in stored.items()})
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(stored[name])
 
+    return put_back(optimizer, load_file(checkpoint.path / OPTIMIZER))
+
+
+def check_fits(checkpoint: Checkpoint, wanted: Mapping[str, Tensor], stored: Mapping[str, torch.Size]) -> None:
+    """Raises DataError when the module has other tensors than the checkpoint."""
+    different = sorted(
+        n for n in wanted.keys() | stored.keys() if n not in wanted or n not in stored or wanted[n].shape != stored[n]
+    )
+    if different:
+        raise DataError(f"checkpoint {checkpoint.path} does not fit this model: {', '.join(different[:3])} differ")
+
+
+def put_back(optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the optimiser its state from `<parameter>/<slot>`; returns what is stored as `metrics/<name>`."""
     slots: dict[str, dict[str, Tensor]] = {}
     sums: dict[str, Tensor] = {}
-    for key, value in load_file(checkpoint.path / OPTIMIZER).items():
+    for key, value in stored.items():
         name, _, slot = key.rpartition("/")
         if name == "metrics":
             sums[slot] = value
@@ -237,7 +279,7 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().clone() if t.device.type == "cpu" else t.detach().cpu() for name, t in tensors.items()}
 
 
-def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Trained parameters (tied ones once) and persistent buffers, sharing memory with the module."""
     persistent = module.state_dict(keep_vars=True)
     tensors: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -275,6 +317,11 @@ def _verify(path: Path) -> Checkpoint:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _final(partial: Path) -> Path:
+    """The name that a hidden folder gets."""
+    return partial.with_name(partial.name.removeprefix(".").removesuffix(".tmp"))
 
 
 def _steps(run: Path) -> list[Path]:

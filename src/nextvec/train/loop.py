@@ -1,4 +1,4 @@
-"""The training loop, one for every kind of run, on `accelerate` (mixed precision, accumulation; wraps for DDP).
+"""The training loop, one for every kind of run; parallel.py says how its module lives on one process or several.
 
 Nothing random is carried from step to step: batch number n = step * accumulate + micro comes from the data, and its noise
 from a generator seeded with (seed, n). So a checkpoint needs no generator state, and a resumed run equals an uninterrupted
@@ -93,6 +93,8 @@ def train(
                 checkpoint.check_same_run(found, config.model_dump(mode="json"), data.digest, frozen)
             elif resume:
                 notes.append(f"{out} has no checkpoint yet: training starts at step 0")
+            if config.train.sharding == "full" and world.size == 1:
+                notes.append("train.sharding=full changes nothing here: one process has nobody to share with")
             if world.first:
                 if not resume:
                     stack.enter_context(run_lock(out))

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nextvec.config import OptimSettings
+from nextvec.train.muon import ShardedMuon
 
 # Matrices with a vocabulary, latent, noise or time side: lookups and read-outs, which stay with AdamW (as Muon's author advises).
 EDGES = ("embedding", "output", "noise_in", "to_latent", "from_latent", "head.out", "latent_in", "time_in", "net.out")
@@ -43,7 +45,7 @@ def parameter_groups(
 
 
 def make_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """The optimiser that `settings` names, over the trained parameters of `module`, which is already on its device.
+    """The optimiser that `settings` names, over the trained parameters of `module`, whole or sharded, on its device.
 
     AdamW runs in one fused pass where torch has it for the device.
     """
@@ -54,7 +56,10 @@ def make_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Op
     adamw = torch.optim.AdamW(
         rest, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=fused
     )
-    return MuonAdamW(torch.optim.Muon(hidden, momentum=settings.momentum), adamw) if hidden else adamw
+    if not hidden:
+        return adamw
+    muon = ShardedMuon if isinstance(hidden[0]["params"][0], DTensor) else torch.optim.Muon
+    return MuonAdamW(muon(hidden, momentum=settings.momentum), adamw)
 
 
 class MuonAdamW(torch.optim.Optimizer):

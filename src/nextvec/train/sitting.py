@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextvec.config import RunConfig
 from nextvec.errors import DataError, UserError
@@ -24,10 +24,11 @@ from nextvec.train.interrupt import Interrupt
 from nextvec.train.latents import Encoded
 from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row, read_metrics
 from nextvec.train.noise import EVALUATE, TRAIN, generator_for
-from nextvec.train.optim import make_optimizer, rate_factor
+from nextvec.train.optim import rate_factor
+from nextvec.train.parallel import place
 from nextvec.train.progress import Display, duration
 from nextvec.train.tally import Tally, finite
-from nextvec.train.world import World, make_accelerator
+from nextvec.train.world import World
 from nextvec.train.writer import Writer
 
 
@@ -57,22 +58,24 @@ class Sitting:
         self.part = world.part(settings.accumulate, config.data.rows)
         self.tokens_per_step = config.data.rows * config.data.context_tokens * settings.accumulate
         self.precision = self._choose_precision(found)
-        self.accelerator = make_accelerator(device, self.precision, config, len(self.part.batches))
-        self.bare: nn.Module = objective.module.to(device).train()
-        self.optimizer = make_optimizer(self.bare, config.optim)
-        self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
+        self.module = place(config, world)(
+            objective.module, config, world, device, self.precision, len(self.part.batches), found
+        )
 
         self.step, self.seconds, self.logged_step, self.logged_seconds = 0, 0.0, 0, 0.0
         self.cpu_seconds = 0.0
         self.tally = Tally()
         self.anomalies = Detector.of(config)
-        self.writer = Writer(out, settings.keep_last, settings.keep_every, metrics.sync, display.say)
+        self.writer = Writer(
+            lambda taken: self.module.write(out, taken, settings.keep_last, settings.keep_every),
+            metrics.sync,
+            display.say,
+        )
         self.flops_per_token = 0.0
         self.peak_rate = world.size * matmul_rates(device)[self.precision]
         if found is not None:
             state = found.state
-            sums = {n: t.item() for n, t in checkpoint.restore(found, self.bare, self.optimizer).items()}
-            self.tally = Tally(sums, dict(state.counts), state.skipped, state.skipped_in_a_row)
+            self.tally = Tally(self.module.sums, dict(state.counts), state.skipped, state.skipped_in_a_row)
             self.step, self.seconds, self.writer.saved = state.step, state.seconds, state.step
             self.cpu_seconds = state.cpu_seconds
             self.logged_step, self.logged_seconds = state.logged_step, state.logged_seconds
@@ -80,10 +83,10 @@ class Sitting:
                 self.anomalies.add(row)
         self.agreed_seconds = self.seconds  # of process 0 at the last step: what all of them decide by
         self.stopping = False  # an interrupt that all processes have heard of
-        self.wrapped, self.prepared_optimizer = self.accelerator.prepare(self.bare, self.optimizer)
-        objective.module = self.wrapped
-        self._start_clocks()
         self.save_tried = time.monotonic()
+        self.save_agreed = False  # a checkpoint is late by the clock of process 0
+        objective.module = self.module.running
+        self._start_clocks()
 
     def run(self, interrupt: Interrupt) -> TrainResult:
         settings = self.config.train
@@ -100,7 +103,8 @@ class Sitting:
                 self._log()
             if self._due(settings.eval_every):
                 self._evaluate(interrupt)
-            if self._due(settings.save_every) or time.monotonic() - self.save_tried >= 60 * settings.save_minutes:
+            late = self._save_is_late() if self.world.size == 1 else self.save_agreed
+            if self._due(settings.save_every) or late:
                 self._save(last=False)
         if self._finished():
             self._log()
@@ -114,6 +118,7 @@ class Sitting:
                     self._export()  # the model alone is a third of a checkpoint and may still fit
             raise
         if interrupted:
+            self.module.gather()
             how = f"with: {self.command}" if self.command else "by training again with resume=True (--resume)"
             self.display.say(f"interrupted; step {self.step} is saved in {self.out}. Go on {how}")
         else:
@@ -124,31 +129,28 @@ class Sitting:
         )
 
     def close(self) -> None:
-        """Give the objective its bare module back, and let a checkpoint on its way reach the disk."""
-        self.objective.module = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        """Let a checkpoint on its way reach the disk, and give the objective its bare module back."""
         self.writer.close()
+        self.objective.module = self.module.close()
 
     def _train_step(self, interrupt: Interrupt) -> None:
         settings, progress = self.config.train, self._progress()
         factor = rate_factor(self.step, progress, settings.steps, self.config.optim)
-        for group in self.optimizer.param_groups:
+        for group in self.module.optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
         sums: dict[str, Tensor] = {}
         for micro in self.part.batches:
             number = self.step * settings.accumulate + micro
             batch = self._batch(number).to(self.device, non_blocking=True)
             generator = generator_for(settings.seed, number, TRAIN, self.device, self.part.part)
-            with self.accelerator.accumulate(self.objective.module):
+            with self.module.batch():
                 loss, metrics = self.objective.loss(batch, generator, progress)
-                self.accelerator.backward(loss)
+                self.module.backward(loss)
             for name, value in {**metrics, "loss": loss}.items():
                 value = value.detach().float()
                 sums[name] = sums[name] + value if name in sums else value
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip)
-        assert isinstance(norm, Tensor)
-        if self._count(sums, norm, interrupt):
-            self.prepared_optimizer.step()
-        self.prepared_optimizer.zero_grad()
+        norm = self.module.clip(self.config.optim.clip)
+        self.module.step(take=self._count(sums, norm, interrupt))
         self.step += 1
         self._tick()
         if self.world.size == 1:
@@ -167,17 +169,18 @@ class Sitting:
     def _count(self, sums: dict[str, Tensor], norm: Tensor, interrupt: Interrupt) -> bool:
         """Add up the metrics of all processes; whether the step may be taken. The one place where the host waits.
 
-        The gradient's norm is the same everywhere already. Seconds of process 0 and interrupts travel along.
+        The gradient's norm is the same everywhere already. Interrupts travel along, and the clocks of process 0.
         """
         names = list(sums)
         if self.world.size == 1:
             *values, norm_value = torch.stack([*sums.values(), norm.float()]).tolist()
         else:
             self._tick()
-            more = [float(interrupt.requested), self.seconds if self.world.first else 0.0]
+            clocks = [self.seconds, float(self._save_is_late())] if self.world.first else [0.0, 0.0]
+            more = [float(interrupt.requested), *clocks]
             mine = torch.tensor([*torch.stack(list(sums.values())).tolist(), *more], dtype=torch.float64)
-            *values, stop, self.agreed_seconds = self.world.total(mine.to(self.device)).tolist()
-            self.stopping, norm_value = stop > 0, norm.item()
+            *values, stop, self.agreed_seconds, save = self.world.total(mine.to(self.device)).tolist()
+            self.stopping, self.save_agreed, norm_value = stop > 0, save > 0, norm.item()
         found = dict(zip(names, values, strict=True))
         good = finite(found["loss"], norm_value)
         if good:
@@ -217,7 +220,7 @@ class Sitting:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
         }
-        row |= {"loss": loss, **means, "lr": self.optimizer.param_groups[-1]["lr"], "grad_norm": norm}
+        row |= {"loss": loss, **means, "lr": self.module.optimizer.param_groups[-1]["lr"], "grad_norm": norm}
         row |= {"skipped": self.tally.skipped} if self.tally.skipped else {}
         share = self.flops_per_token * speed / self.peak_rate if self.flops_per_token else None
         row |= {"tokens_per_s": speed, "share": share, "memory_bytes": memory_in_use(self.device)}
@@ -230,7 +233,8 @@ class Sitting:
 
     def _evaluate(self, interrupt: Interrupt) -> None:
         """Held-out metrics, unless this step has them already; an interrupt leaves them to the next sitting."""
-        if not self.data.held_out_batches or (self.metrics.evaluation and self.metrics.evaluation["step"] == self.step):
+        known = self.metrics.evaluation is not None and self.metrics.evaluation["step"] == self.step
+        if not self.data.held_out_batches or self.world.share(known):
             return
 
         def ids() -> Iterator[Tensor]:
@@ -239,19 +243,19 @@ class Sitting:
                     raise _Interrupted
                 yield ids_BT.to(self.device)
 
-        with self._paused():
-            self.objective.module = self.bare  # every process measures the same for itself: nothing to wait for
+        with self._paused(), self.module.whole() as whole:
+            self.objective.module = whole  # every process measures the same for itself: nothing to wait for
             try:
-                with torch.no_grad(), self.accelerator.autocast():
-                    self.bare.eval()
+                with torch.no_grad(), self.module.autocast():
+                    whole.eval()
                     found = self.objective.evaluate(
                         ids(), generator_for(self.config.train.seed, 0, EVALUATE, self.device)
                     )
             except _Interrupted:
                 return
             finally:
-                self.bare.train()
-                self.objective.module = self.wrapped
+                whole.train()
+                self.objective.module = self.module.running
             tokens = self.step * self.tokens_per_step
             times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
             row: Row = {"kind": "eval", "step": self.step, "tokens": tokens, **times, **found}
@@ -272,11 +276,8 @@ class Sitting:
             self.on_log(row)
 
     def _save(self, last: bool) -> None:
-        """Begin to write a checkpoint. When it cannot be written, training goes on, except after the last step.
-
-        One of process 0 holds all there is: the others have the same parameters and optimiser state.
-        """
-        if not self.world.first:
+        """Begin to write a checkpoint. When it cannot be written, training goes on, except after the last step."""
+        if not self.module.writes:
             return
         if self.writer.newest != self.step:
             self.save_tried = time.monotonic()
@@ -296,16 +297,16 @@ class Sitting:
                     skipped=self.tally.skipped,
                     skipped_in_a_row=self.tally.skipped_in_a_row,
                 )
-                self.writer.begin(checkpoint.snapshot(state, self.bare, self.optimizer, self.tally.tensors()))
+                self.writer.begin(self.module.snapshot(state, self.tally.tensors()))
         if last:
             self.writer.finish()
 
     def _export(self) -> None:
-        if not self.world.first:
-            return
         trained: Row = {"step": self.step, "tokens": self.step * self.tokens_per_step, "seconds": self.seconds}
         with self._paused():
-            self.objective.save(self.out, {**(self.metrics.evaluation or {}), **trained})
+            self.module.gather()
+            if self.world.first:
+                self.objective.save(self.out, {**(self.metrics.evaluation or {}), **trained})
 
     def _warm_up(self) -> None:
         """Count operations on one row, and compile; neither touches parameters, batches or noise of the run."""
@@ -317,13 +318,13 @@ class Sitting:
             generator = generator_for(settings.seed, self.step, TRAIN, self.device)
             loss, _ = self.objective.loss(batch, generator, self._progress())
             loss.backward()
-            self.optimizer.zero_grad()
+            self.module.optimizer.zero_grad()
 
-        self.objective.module = self.bare
+        self.objective.module = self.module.trial
         self.flops_per_token = count_flops(lambda: trial(row)) / self.config.data.context_tokens
         if settings.compile:
-            compile_blocks(self.bare, self.device, trial, self.display.say)
-        self.objective.module = self.wrapped
+            compile_blocks(self.module.trial, self.device, trial, self.display.say)
+        self.objective.module = self.module.running
         self._tick()
         if self.logged_step == self.step:
             self.logged_seconds = self.seconds  # the first tokens/s shall not show the warm-up
@@ -355,6 +356,10 @@ class Sitting:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def _save_is_late(self) -> bool:
+        """Whether the last checkpoint is too long ago."""
+        return time.monotonic() - self.save_tried >= 60 * self.config.train.save_minutes
 
     def _stop(self, interrupt: Interrupt) -> bool:
         return interrupt.requested if self.world.size == 1 else self.stopping

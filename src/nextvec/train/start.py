@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nextvec.config import RunConfig
 from nextvec.errors import ConfigError, DataError
 from nextvec.rundir import Run
-from nextvec.train import checkpoint
+from nextvec.train import checkpoint, parts
 from nextvec.train.objectives import Objective
 
 OWN = ("path", "mixture", "packing", "latents")  # settings of `data` that belong to the text, not to the run
@@ -42,10 +42,10 @@ def begin_with(objective: Objective, run: Run, keep_autoencoder: bool) -> None:
     if keep_autoencoder:
         weights |= {name: value for name, value in objective.model.state_dict().items() if _is_autoencoder(name)}
     objective.model.load_state_dict(weights)
-    parts = {n: p for n, p in objective.module.named_parameters() if not n.startswith("model.")}
-    stored = _checkpoint_tensors(run.path) if parts else {}
+    extra = {n: p for n, p in objective.module.named_parameters() if not n.startswith("model.")}
+    stored = _checkpoint_tensors(run.path, extra) if extra else {}
     with torch.no_grad():
-        for name, parameter in parts.items():
+        for name, parameter in extra.items():
             if name in stored and stored[name].shape == parameter.shape:
                 parameter.copy_(stored[name])
 
@@ -54,9 +54,11 @@ def _is_autoencoder(name: str) -> bool:
     return name.startswith("autoencoder.")
 
 
-def _checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
+def _checkpoint_tensors(run: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     try:
         found = checkpoint.latest(run)
     except DataError:
         return {}
-    return load_file(found.path / checkpoint.MODULE) if found is not None else {}
+    if found is None:
+        return {}
+    return parts.read_module(found, names) if found.in_parts else load_file(found.path / checkpoint.MODULE)

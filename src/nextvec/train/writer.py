@@ -1,23 +1,24 @@
-"""Writes checkpoints on a thread of its own, so that training goes on meanwhile; one at a time."""
+"""Writes checkpoints on a thread of its own, so that training goes on meanwhile; one at a time.
+
+Of a sharded run every process has a writer, and they begin and end the same checkpoints with the same result (parts.py).
+"""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from nextvec.errors import DataError, UserError
-from nextvec.train import checkpoint
-from nextvec.train.checkpoint import Snapshot
+from nextvec.train.checkpoint import Say, Snapshot
 
 
 class Writer:
     """At most one checkpoint is on its way to disk and none waits behind it, so memory holds at most one copy."""
 
-    def __init__(self, run: Path, keep_last: int, keep_every: int, before: Callable[[], None], say: checkpoint.Say):
+    def __init__(self, write: Callable[[Snapshot], object], before: Callable[[], None], say: Say):
         """before: called on the writing thread first, for what must be durable earlier. say: gets the line of a failure."""
-        self._run, self._keep, self._before, self._say = run, (keep_last, keep_every), before, say
+        self._to_disk, self._before, self._say = write, before, say
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self.saved: int | None = None  # step of the newest checkpoint known to be on disk
@@ -67,7 +68,7 @@ class Writer:
 
     def _write(self, taken: Snapshot) -> None:
         self._before()
-        checkpoint.write(self._run, taken, *self._keep)
+        self._to_disk(taken)
 
 
 def _full(error: Exception) -> bool:

@@ -5,7 +5,7 @@ Legend: S draws, N positions (any leading dimensions), D width, L latent, R nois
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,7 @@ class EnergyBlock(nn.Module):
         self.down = nn.Linear(width, width)
 
     def forward(self, x_SND: Tensor, state_ND: Tensor) -> Tensor:
-        """`state_ND` is the state's share of l1, already multiplied by `from_state`."""
-        hidden = F.silu(self.from_draw(self.norm(x_SND)) + state_ND)
+        hidden = F.silu(self.from_draw(self.norm(x_SND)) + self.from_state(state_ND))
         gate, up = self.gate_up(F.silu(self.middle(hidden))).chunk(2, dim=-1)
         return x_SND + self.down(F.silu(gate) * up)
 
@@ -69,8 +68,8 @@ class EnergyHead(nn.Module):
         """Draws (S, ..., L) for states (..., D) and noise (S, ..., R) in [-0.5, 0.5]."""
         x = self.noise_norm(self.noise_in(noise_SNR))
         state = self.state_norm(self.state_in(state_ND))
-        for block in cast("list[EnergyBlock]", self.blocks):
-            x = block(x, block.from_state(state))
+        for block in self.blocks:
+            x = block(x, state)
         return self.out(F.silu(self.out_in(self.norm(x))))
 
     def loss(self, state_ND: Tensor, target: Posterior, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
