@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -79,6 +80,17 @@ def with_value(data: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         return {**data, first: value}
     inner = data.get(first)
     return {**data, first: with_value(inner if isinstance(inner, dict) else {}, rest, value)}
+
+
+def layered(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with each changed leaf set; keys may be dotted, nested or both."""
+    found = dict(settings)
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            found = layered(found, {f"{key}.{inner}": item for inner, item in value.items()})
+        else:
+            found = with_value(found, key, value)
+    return found
 
 
 def unknown_key(key: str, known: list[str]) -> str:

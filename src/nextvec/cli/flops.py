@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def flops(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[PRESET|CONFIG|RUN]", help="A preset, a settings file, or a run directory."),
+        typer.Argument(
+            metavar="[PRESET|CONFIG|RUN]", help="A preset, a settings file or its shipped name, or a run directory."
+        ),
     ] = None,
     table1: Annotated[bool, typer.Option("--table1", help="The paper's six models beside its figures.")] = False,
     candidates: Annotated[
@@ -42,6 +44,10 @@ def flops(
         str | None, typer.Option(help="Flow and diffusion heads: another solver than the settings'.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Flow and diffusion heads: solver steps per draw.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1, help="Operations a second, of all devices: say how long the whole training takes at it."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
 ) -> None:
     """Floating-point operations per token of text, part by part, and parameters, counted as the paper counts them."""
@@ -62,20 +68,26 @@ def flops(
     if (model is None) is not table1:
         raise ConfigError("flops takes either a preset, settings file or run directory, or --table1 alone")
     if model is None:
+        if rate is not None:
+            raise ConfigError("--rate is for one model; leave it out of --table1")
         if settings:
             raise ConfigError(f"--table1 has the paper's settings; leave out --{next(iter(settings))}")
         rows = paper.table1()
         print(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else paper.table1_text())
         return
     row = _row(model, settings)
+    seconds = None if rate is None else row.train_flops_split / rate
     if as_json:
-        print(json.dumps([row.to_dict()], indent=2))
+        timed = {} if seconds is None else {"train_seconds": seconds}
+        print(json.dumps([row.to_dict() | timed], indent=2))
         return
     print(row.cost)
     print(
         f"training on {row.train_tokens:.3g} tokens: {row.train_flops:.4g} operations"
         + (f", {row.train_flops_split:.4g} with the split head" if row.cost.draws else "")
     )
+    if seconds is not None:
+        print(f"at {rate:.3g} operations a second: {_time(seconds)} of training")
     if row.paper is not None:
         print(
             f"the paper says: {row.paper.params / 1e6:,.0f}M parameters, {row.paper.train_flops:.3g} operations of "
@@ -87,7 +99,8 @@ def _row(model: str, settings: dict[str, Any]) -> Row:
     """The cost of a preset, settings file or run directory; `settings` replace what it says itself."""
     from pathlib import Path
 
-    from nextvec.config import AutoencoderConfig, CalmConfig, CalmRun, ModelRun, RunConfig, load_yaml, parse_any_run
+    from nextvec.config import AutoencoderConfig, CalmConfig, CalmRun, ModelRun, RunConfig, parse_any_run
+    from nextvec.configs.read import is_settings, read_settings
     from nextvec.errors import ConfigError
     from nextvec.evaluate import paper
     from nextvec.evaluate.cost import cost
@@ -104,11 +117,8 @@ def _row(model: str, settings: dict[str, Any]) -> Row:
     elif Path(model).is_dir():
         run = read_config(model)
         trained = next((row["tokens"] for row in reversed(read_metrics(Path(model))) if "tokens" in row), None)
-    elif Path(model).is_file():
-        data = load_yaml(Path(model))
-        if isinstance(data, dict) and "imported" not in data:  # the path of the shards may be left to the command line
-            data["data"] = {"path": "", **(data.get("data") or {})}
-        run = parse_any_run(data, model)
+    elif is_settings(model):
+        run = parse_any_run(_without_command_line(read_settings(model)), model)
     else:
         hint = "" if Path(model).suffix or "/" in model else f"; presets are {', '.join(PRESETS)}"
         raise ConfigError(f"{model} is no preset, settings file or run directory{hint}")
@@ -141,6 +151,25 @@ def _row(model: str, settings: dict[str, Any]) -> Row:
     usual = paper.AUTOENCODER_TOKENS if isinstance(config, AutoencoderConfig) else paper.PAPER_TOKENS
     tokens = float(known.pop("tokens", usual))
     return paper.Row(cost(config, model, **known), tokens, None if settings else published)
+
+
+def _without_command_line(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings with what `nextvec train` gets from its shards and autoencoder, as the paper has it where they do not say."""
+    from nextvec.presets import LLAMA3_VOCAB
+    from nextvec.settings import layered
+
+    model = data.get("model") or {}
+    if "imported" in data or not isinstance(model, dict):
+        return data
+    brought = {"vocab_size": LLAMA3_VOCAB}
+    model = layered({"autoencoder": brought} if data.get("kind") == "calm" else brought, model)
+    return layered({"data": {"path": ""}}, {**data, "model": model})
+
+
+def _time(seconds: float) -> str:
+    """Hours, or days from two on."""
+    hours = seconds / 3600
+    return f"{hours:.3g} hours" if hours < 48 else f"{hours / 24:.3g} days"
 
 
 def _owner(name: str) -> str:

@@ -24,7 +24,11 @@ DataPath = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings as YAML; with --resume the run's own by default."),
+    typer.Option(
+        "--config",
+        metavar="FILE|NAME",
+        help="Settings as YAML, or the name of a shipped file (paper/calm-m); with --resume the run's own by default.",
+    ),
 ]
 Valid = Annotated[
     Path | None, typer.Option(metavar="SHARDS", help="Held-out shards; default: valid/ beside the training shards.")
@@ -180,13 +184,11 @@ def _train(
 
 def _settings(kind: str, out: Path, config_file: Path | None, resume: bool) -> dict[str, Any]:
     """Settings of the file, of the run to resume, or none; for `kind`. Raises ConfigError when they are for another."""
-    from nextvec.config import load_yaml
+    from nextvec.configs.read import read_settings
     from nextvec.errors import ConfigError
 
     source = config_file or (out / "config.yaml" if resume else None)
-    settings = load_yaml(source) if source is not None else {}
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{source}: expected a mapping of settings, got {type(settings).__name__}")
+    settings = read_settings(str(source)) if source is not None else {}
     found = settings.get("kind", kind)
     if found != kind:
         verb = next((verb for verb, of in VERBS.items() if of == found), None)

@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from nextvec.configs.read import read_settings
 from nextvec.errors import ConfigError
-from nextvec.settings import Config, Count, Positive, Rate, Seed, as_number, load_yaml, unknown_name, with_value
+from nextvec.settings import Config, Count, Positive, Rate, Seed, as_number, layered, load_yaml, unknown_name
 from nextvec.train import VERBS
 
 STAGES = tuple(VERBS)
@@ -56,8 +57,8 @@ class BudgetSpec(Config):
     tokens: ABOVE_ZERO | None = None  # of training text
     flops: ABOVE_ZERO | None = None  # operations of training as `nextvec flops` counts them, the head split
     seconds: ABOVE_ZERO | None = None  # turned into steps by a rate that is measured once and kept
-
     autoencoder: bool = False  # whether what the autoencoder of a row takes is part of the row's budget
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
         amounts = {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
@@ -66,11 +67,11 @@ class BudgetSpec(Config):
             raise ValueError(f"give exactly one of tokens, flops, seconds; got {', '.join(given) or 'none'}")
         return self
 
-
     def __str__(self) -> str:
         if self.tokens is not None:
             return f"{self.tokens:,.0f} tokens"
         return f"{self.flops:.3g} operations" if self.flops is not None else f"{self.seconds:g} s"
+
 
 class EvaluateSpec(Config):
     """How finished rows are scored: held-out documents, protocol documents-N."""
@@ -81,8 +82,8 @@ class EvaluateSpec(Config):
     document_tokens: Positive | None = 2048  # first tokens of each; None: all
     stride: Positive | None = None  # tokens between scored positions; None: the least common multiple of the rows' K
     batches: Positive = 8  # held-out batches of an evaluation during training
-
     curve: Count = 0  # points of training, evenly spaced, at which Brier figures are measured as well; 0: none
+
 
 @dataclass(frozen=True)
 class Row:
@@ -151,9 +152,9 @@ class SweepSpec(Config):
     def settings(self, row: Row, stage: str, seed: int) -> dict[str, Any]:
         """Nested settings of one stage of a row, as a file for `nextvec train` holds them."""
         settings: dict[str, Any] = {"train": {"seed": seed}}
-        settings = _layered(settings, self.base.get(stage, {}))  # type: ignore[call-overload]
+        settings = layered(settings, self.base.get(stage, {}))  # type: ignore[call-overload]
         own = {key.partition(".")[2]: value for key, value in row.changes.items() if key.partition(".")[0] == stage}
-        return {"kind": VERBS[stage], **_layered(settings, own)}
+        return {"kind": VERBS[stage], **layered(settings, own)}
 
 
 def stages_of(stage: str) -> tuple[str, ...]:
@@ -168,7 +169,20 @@ def read_spec(source: str) -> SweepSpec:
     for key in ("base", "grid", "rows"):
         if key in data:
             data[key] = _numbers(data[key])
+    if isinstance(data.get("base"), dict):
+        data["base"] = {stage: _with_file(stage, settings) for stage, settings in data["base"].items()}
     return SweepSpec.parse({"name": path.stem, **data}, source)
+
+
+def _with_file(stage: str, settings: Any) -> Any:
+    """Settings of a stage over those of the file for `nextvec train` that they name under `from`."""
+    if not isinstance(settings, dict) or "from" not in settings or stage not in STAGES:
+        return settings
+    inherited = _numbers(read_settings(str(settings["from"])))
+    kind = inherited.pop("kind", VERBS[stage])
+    if kind != VERBS[stage]:
+        raise ConfigError(f"base.{stage}: {settings['from']} has kind {kind!r}, and this stage trains {VERBS[stage]!r}")
+    return layered(inherited, {key: value for key, value in settings.items() if key != "from"})
 
 
 def shipped() -> list[str]:
@@ -216,16 +230,6 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _numbers(inner) for key, inner in value.items()}
     return [_numbers(inner) for inner in value] if isinstance(value, list) else as_number(value)
-
-
-def _layered(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with each changed leaf set; keys may be dotted, nested or both."""
-    for key, value in changes.items():
-        if isinstance(value, Mapping):
-            settings = _layered(settings, {f"{key}.{inner}": item for inner, item in value.items()})
-        else:
-            settings = with_value(settings, key, value)
-    return settings
 
 
 def _listed_row(given: dict[str, Any], stage: Stage) -> Row:
