@@ -40,7 +40,7 @@ def bound(
     rows: Annotated[int, typer.Option(min=1, help="Windows per pass.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Upper bound on the bits per byte of a soft-decoded CALM by the number of draws; exact bits per byte of a baseline."""
+    """Upper bound on the bits per byte of a soft-decoded CALM by the number of draws; exact bits per byte of models of tokens."""
     import torch
 
     from nextvec import __version__
@@ -59,23 +59,26 @@ def bound(
     loaded = load_run(run, where)
     change_solver(loaded, solver, steps)
     tokenizer = loaded.text_tokenizer
-    calm = loaded.model if isinstance(loaded.model, Calm) else None
-    exact = loaded.model if isinstance(loaded.model, TokenLM) else None
-    if calm is None and exact is None:
+    model = loaded.model
+    if not isinstance(model, Calm | TokenLM):
         raise ConfigError(f"{run} holds an autoencoder, which predicts nothing: give a calm or token_lm run")
-    if calm is not None and patch_size is not None and patch_size != calm.patch_size:
-        raise ConfigError(f"--patch-size is for a baseline alone; {run} has patches of {calm.patch_size}: leave it out")
-    if calm is not None and not calm.has_latents:
+    if isinstance(model, Calm) and patch_size is not None and patch_size != model.patch_size:
         raise ConfigError(
-            f"{run} has the {calm.config.head.kind} head, which draws no latent to integrate over; its exact value is the "
-            "cross_entropy of its metrics"
+            f"--patch-size is for a baseline alone; {run} has patches of {model.patch_size}: leave it out"
         )
+    calm = model if isinstance(model, Calm) and model.has_latents else None
+    exact = model if calm is None else None  # its probabilities are known
     if baseline is not None:
         if exact is not None:
             raise ConfigError(f"{run} is a baseline itself; give a calm run with --baseline {baseline}")
         beside = load_run(baseline, where)
-        if not isinstance(beside.model, TokenLM):
-            raise ConfigError(f"--baseline must be a token_lm run; {baseline} holds a {type(beside.model).__name__}")
+        if not isinstance(beside.model, TokenLM) and not (
+            isinstance(beside.model, Calm) and not beside.model.has_latents
+        ):
+            raise ConfigError(
+                f"--baseline must be a token_lm run, or one whose head draws tokens; {baseline} holds a "
+                f"{type(beside.model).__name__}"
+            )
         exact = beside.model
         if beside.text_tokenizer.hash != tokenizer.hash:
             raise DataError(f"{run} and {baseline} have different tokenizers, so they do not score the same tokens")
