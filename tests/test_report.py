@@ -16,9 +16,9 @@ from nextvec.config import BackboneConfig, TokenLMConfig
 from nextvec.errors import UserError
 from nextvec.evaluate.cost import token_lm_cost
 from nextvec.evaluate.reconstruction import Accuracy, ReconstructionResult
-from nextvec.report import build_report
 from nextvec.report.figures import Series, orders, plot, thin
 from nextvec.report.inputs import Details, read_metrics
+from nextvec.report.page import build_report
 
 VOID = {"meta", "link", "input", "br", "path", "use", "rect", "circle", "hr", "img"}
 INJECTION = "<script>alert('x')</script>&\"\x00\x1b[0m\ud800</pre>"

@@ -1,4 +1,4 @@
-"""`nextvec sweep` and `nextvec report`: rows of settings at an equal budget, and the tables made of their results."""
+"""`nextvec sweep`: rows of settings at an equal budget."""
 
 from __future__ import annotations
 
@@ -85,29 +85,6 @@ def sweep(
         busy = f", {done.busy} in the hands of another process" if done.busy else ""
         print(f"{folder}: {done.finished} rows finished now, {done.skipped} before{busy}")
         print(f"Tables: nextvec report {shlex.quote(str(folder))}")
-
-
-@app.command()
-def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that `nextvec sweep` wrote.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Page to write. Default: report.html in DIR; of several, in this folder."),
-    ] = None,
-) -> None:
-    """Tables and pictures of finished sweeps: Markdown on standard output, and a page that stands alone."""
-    import sys
-
-    from nextvec.files import check_target
-    from nextvec.report.sweep import markdown, write_page
-    from nextvec.sweep.tables import read_sweep_results
-
-    check_target(out)
-    sweeps = [read_sweep_results(folder) for folder in folders]
-    path = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-    print("\n\n".join(markdown(each) for each in sweeps))
-    write_page(sweeps, path)
-    print(f"page: {path}", file=sys.stderr)
 
 
 def _wanted(specs: list[SweepSpec], only: list[str], seeds: list[int]) -> Callable[[Job], bool]:

@@ -24,7 +24,7 @@ def run_demo(demo: Demo, say: Callable[[str], None] = print) -> Path:
     has saved itself.
     """
     from nextvec.demo import results, stages
-    from nextvec.report import build_report
+    from nextvec.report.page import build_report
 
     began = time.monotonic()
     stages.open_folder(demo, say)

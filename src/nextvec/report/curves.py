@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nextvec.report.figures import Series, plot, thin
 from nextvec.report.inputs import Inputs, Metrics, number
@@ -33,24 +33,24 @@ class Axis:
         return [x / self.scale for x in xs], ys
 
 
-def brier_curves(inputs: Inputs) -> str:
-    """BrierLM and the four orders as they grew, over tokens and over seconds."""
-    runs = [inputs.metrics[name] for name, _ in MODELS]
-    scored = [bool(run.curve("eval", "tokens", "brier", 0)[0]) for run in runs]
+def brier_curves(runs: Mapping[str, Metrics]) -> str:
+    """BrierLM and the four orders as they grew, over tokens and over seconds; of one model or both, by the names in MODELS."""
+    models = _models(runs)
+    scored = [bool(runs[name].curve("eval", "tokens", "brier", 0)[0]) for name, _ in models]
     if not any(scored):
         return absent(
             "No curve: neither run was scored during training. A run that stops before its first evaluation has none."
         )
-    lines = [_missing(label, "scored during training") for (_, label), ok in zip(MODELS, scored, strict=True) if not ok]
-    key = legend([(name, label) for (name, label), ok in zip(MODELS, scored, strict=True) if ok])
+    lines = [_missing(label, "scored during training") for (_, label), ok in zip(models, scored, strict=True) if not ok]
+    key = legend([(name, label) for (name, label), ok in zip(models, scored, strict=True) if ok])
     caption = (
         "Held-out files; bars are one standard error, clustered by document. "
         "First over the tokens read, then over the time spent training."
     )
-    first = "".join(_brier_row(inputs, order) for order in (0, 1))
-    rest = "".join(_brier_row(inputs, order) for order in (2, 3))
-    more = fold("Brier-3 and Brier-4", key + rest) + fold("The figures behind the curves", _brier_table(inputs))
-    return "\n".join([*lines, key, paragraph(caption, "note"), _brier_lm_row(inputs), first, more])
+    first = "".join(_brier_row(runs, order) for order in (0, 1))
+    rest = "".join(_brier_row(runs, order) for order in (2, 3))
+    more = fold("Brier-3 and Brier-4", key + rest) + fold("The figures behind the curves", _brier_table(runs))
+    return "\n".join([*lines, key, paragraph(caption, "note"), _brier_lm_row(runs), first, more])
 
 
 def loss_curves(inputs: Inputs) -> str:
@@ -64,7 +64,7 @@ def loss_curves(inputs: Inputs) -> str:
     ]
     if not calm.train:
         parts.append(_missing("CALM", "logged"))
-    energy = _loss_pair("energy-loss", "energy loss (latent units)", [("calm", "CALM", calm, "energy")])
+    energy = loss_pair("energy-loss", "energy loss (latent units)", [("calm", "CALM", calm, "energy")])
     if energy:
         parts += ["<h3>Energy loss of CALM</h3>", legend([("calm", "training; marks: held out")]), energy]
     if not baseline.train:
@@ -77,25 +77,25 @@ def loss_curves(inputs: Inputs) -> str:
     has_auxiliary = bool(calm.curve("train", "tokens", "auxiliary")[0])
     if has_auxiliary:
         key.append(("auxiliary", f"CALM's auxiliary, the next {inputs.summary.K} tokens at once"))
-    entropy = _loss_pair("cross-entropy", "cross-entropy (nats per token)", drawn)
+    entropy = loss_pair("cross-entropy", "cross-entropy (nats per token)", drawn)
     if entropy:
         note = (
             "The auxiliary predicts all tokens of the next patch from one state, a harder task than one token at a time; "
             "it serves in training only."
         )
         parts += ["<h3>Cross-entropy</h3>", legend(key), entropy, paragraph(note, "note") if has_auxiliary else ""]
-    parts.append(_inside(calm))
+    parts.append(inside(calm))
     return "\n".join(parts)
 
 
-def _brier_lm_row(inputs: Inputs) -> str:
-    axes = _axes(inputs)
-    series = {axis.key: _marks(inputs, axis, "brier_lm", "brier_lm_stderr", None) for axis in axes}
+def _brier_lm_row(runs: Mapping[str, Metrics]) -> str:
+    axes = _axes(runs)
+    series = {axis.key: _marks(runs, axis, "brier_lm", "brier_lm_stderr", None) for axis in axes}
     gaps = [
         f"{len(rows) - len(defined)} of {len(rows)} for {label}"
-        for name, label in MODELS
-        if (rows := inputs.metrics[name].curve("eval", "step", "brier", 0)[0])
-        and len(defined := inputs.metrics[name].curve("eval", "step", "brier_lm")[0]) < len(rows)
+        for name, label in _models(runs)
+        if (rows := runs[name].curve("eval", "step", "brier", 0)[0])
+        and len(defined := runs[name].curve("eval", "step", "brier_lm")[0]) < len(rows)
     ]
     note = f"Not defined, so not drawn, at {' and '.join(gaps)}: an order was not positive there." if gaps else ""
     if not any(series["tokens"]) and not any(series["seconds"]):
@@ -109,34 +109,34 @@ def _brier_lm_row(inputs: Inputs) -> str:
     return "<h3>BrierLM</h3>" + pair(*pictures) + (paragraph(note, "note") if note else "")
 
 
-def _brier_row(inputs: Inputs, order: int) -> str:
+def _brier_row(runs: Mapping[str, Metrics], order: int) -> str:
     name = f"Brier-{order + 1}"
     pictures = []
-    for axis in _axes(inputs):
-        series = _marks(inputs, axis, "brier", "brier_stderr", order)
+    for axis in _axes(runs):
+        series = _marks(runs, axis, "brier", "brier_stderr", order)
         pictures.append(
             figure(plot(f"brier-{order + 1}-{axis.key}", series, axis.label, f"{name} {TIMES_100}", zero=True))
         )
     return f"<h3>{name}</h3>" + pair(*pictures)
 
 
-def _marks(inputs: Inputs, axis: Axis, key: str, error_key: str, order: int | None) -> list[Series]:
+def _marks(runs: Mapping[str, Metrics], axis: Axis, key: str, error_key: str, order: int | None) -> list[Series]:
     found = []
     scale = 1.0 if order is None else 100.0
-    for name, label in MODELS:
-        x, y = axis.points(inputs.metrics[name], "eval", key, order)
+    for name, label in _models(runs):
+        x, y = axis.points(runs[name], "eval", key, order)
         if not x:
             continue
-        _, e = axis.points(inputs.metrics[name], "eval", error_key, order)
+        _, e = axis.points(runs[name], "eval", error_key, order)
         errors = [scale * value for value in e] if len(e) == len(y) else None
         found.append(Series(label, x, [scale * value for value in y], name, errors, "joined"))
     return found
 
 
-def _brier_table(inputs: Inputs) -> str:
+def _brier_table(runs: Mapping[str, Metrics]) -> str:
     rows = []
-    for name, label in MODELS:
-        for row in inputs.metrics[name].eval:
+    for name, label in _models(runs):
+        for row in runs[name].eval:
             if number(row.get("brier"), 0) is None:
                 continue
             values = [
@@ -153,7 +153,8 @@ def _brier_table(inputs: Inputs) -> str:
     return table(f"Evaluations during training; orders {TIMES_100}, ± one standard error", head, rows)
 
 
-def _loss_pair(name: str, label: str, lines: list[tuple[str, str, Metrics, str]]) -> str:
+def loss_pair(name: str, label: str, lines: Sequence[tuple[str, str, Metrics, str]]) -> str:
+    """A term over tokens and over seconds, training as a line and held out as marks; lines of (look, text, metrics, key)."""
     pictures = []
     used = [metrics for _, _, metrics, key in lines if metrics.curve("train", "tokens", key)[0]]
     for axis in (Axis("tokens", used), Axis("seconds", used)):
@@ -170,7 +171,8 @@ def _loss_pair(name: str, label: str, lines: list[tuple[str, str, Metrics, str]]
     return pair(*pictures) if pictures else ""
 
 
-def _inside(calm: Metrics) -> str:
+def inside(calm: Metrics) -> str:
+    """The two terms of the energy loss, and the conditioning gap."""
     axis = Axis("tokens", [calm])
     pictures = []
     series = [
@@ -202,9 +204,13 @@ def _inside(calm: Metrics) -> str:
     return "<h3>Inside CALM's loss</h3>" + pair(*pictures) if pictures else ""
 
 
-def _axes(inputs: Inputs) -> tuple[Axis, Axis]:
-    runs = [inputs.metrics[name] for name, _ in MODELS]
-    return Axis("tokens", runs), Axis("seconds", runs)
+def _models(runs: Mapping[str, Metrics]) -> list[tuple[str, str]]:
+    return [(name, label) for name, label in MODELS if name in runs]
+
+
+def _axes(runs: Mapping[str, Metrics]) -> tuple[Axis, Axis]:
+    found = [runs[name] for name, _ in _models(runs)]
+    return Axis("tokens", found), Axis("seconds", found)
 
 
 def _hundred(values: object, order: int) -> float | None:

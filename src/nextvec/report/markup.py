@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from string import Template
 from typing import Any
 
 from nextvec.report.figures import swatch
@@ -22,6 +24,30 @@ LABELS = {  # keys of the protocol and machine records whose plain form would pu
     "matmul_rate": "Matrix products (GFLOP/s)",
 }
 SCALES = {"memory_bytes": 2.0**30, "memory_rate": 1e9, "matmul_rate": 1e9}
+
+
+def document(title: str, lede: str, opening: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A whole page that stands alone: no script, no request. Sections of (anchor, title, html), in order."""
+    here = files("nextvec.report")
+    return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
+        title=safe(title),
+        style=(here / "style.css").read_text(encoding="utf-8"),
+        lede=safe(lede),
+        opening=opening,
+        contents="".join(f'<li><a href="#{anchor}">{safe(name)}</a></li>' for anchor, name, _ in sections),
+        main="\n".join(section(anchor, name, html) for anchor, name, html in sections),
+    )
+
+
+def tiles(items: Iterable[tuple[str, str, Sequence[str]]]) -> str:
+    """The figures that matter most, large: (name, value, lines below)."""
+    grid = "".join(
+        f'<div><dt>{safe(name)}</dt><dd class="big">{safe(value)}</dd>'
+        + "".join(f'<dd class="small">{safe(line)}</dd>' for line in lines if line)
+        + "</div>"
+        for name, value, lines in items
+    )
+    return f'<dl class="tiles">{grid}</dl>'
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 from nextvec.files import atomic_open
 from nextvec.report import autoencoder, curves, words
 from nextvec.report.cost import cost_section
 from nextvec.report.figures import orders
 from nextvec.report.inputs import Inputs, ModelSummary, Sample, read_inputs
-from nextvec.report.markup import absent, facts, figure, legend, pair, paragraph, section, table
+from nextvec.report.markup import absent, document, facts, figure, legend, pair, paragraph, table, tiles
 from nextvec.report.words import safe
 
 TITLE = "nextvec demo report"
@@ -33,22 +31,14 @@ def render(inputs: Inputs) -> str:
     """The page as text."""
     summary, details = inputs.summary, inputs.details
     sections = [
-        ("quality", "Quality over training", curves.brier_curves(inputs)),
+        ("quality", "Quality over training", curves.brier_curves(inputs.metrics)),
         ("loss", "Loss", curves.loss_curves(inputs)),
         ("autoencoder", "Autoencoder", autoencoder.autoencoder_section(inputs)),
         ("cost", "Cost", cost_section(inputs)),
         ("samples", "Samples", samples(details.samples, summary.K)),
         ("protocol", "Protocol and machine", stamp(inputs)),
     ]
-    here = files("nextvec.report")
-    return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
-        title=safe(TITLE),
-        style=(here / "style.css").read_text(encoding="utf-8"),
-        lede=safe(words.lede(inputs)),
-        opening=opening(inputs),
-        contents="".join(f'<li><a href="#{anchor}">{safe(title)}</a></li>' for anchor, title, _ in sections),
-        main="\n".join(section(anchor, title, html) for anchor, title, html in sections),
-    )
+    return document(TITLE, words.lede(inputs), opening(inputs), sections)
 
 
 def opening(inputs: Inputs) -> str:
@@ -59,24 +49,21 @@ def opening(inputs: Inputs) -> str:
     collapsed = words.MISSING if latent.collapsed_dims is None else f"{latent.collapsed_dims} of {s.L}"
     fast, slow = calm.generate_tokens_per_s, baseline.generate_tokens_per_s
     half = f"T = 0.5: {words.speed(fast.t05)} against {words.speed(slow.t05)}"
-    tiles = [
-        ("BrierLM, held out", words.brier_lm(calm), f"token Transformer {words.brier_lm(baseline)}", ""),
-        (
-            "Tokens the autoencoder restores",
-            words.percent(latent.token_accuracy),
-            f"sigma {sigma}",
-            f"collapsed dimensions: {collapsed}",
-        ),
-        ("Training, tokens/s", *_against(calm.train_tokens_per_s, baseline.train_tokens_per_s), ""),
-        ("Generation at T = 1, tokens/s", *_against(fast.t1, slow.t1), half),
-    ]
-    grid = "".join(
-        f'<div><dt>{safe(name)}</dt><dd class="big">{safe(value)}</dd>'
-        + "".join(f'<dd class="small">{safe(line)}</dd>' for line in lines if line)
-        + "</div>"
-        for name, value, *lines in tiles
+    trained, training = _against(calm.train_tokens_per_s, baseline.train_tokens_per_s)
+    written, writing = _against(fast.t1, slow.t1)
+    first = tiles(
+        [
+            ("BrierLM, held out", words.brier_lm(calm), [f"token Transformer {words.brier_lm(baseline)}"]),
+            (
+                "Tokens the autoencoder restores",
+                words.percent(latent.token_accuracy),
+                [f"sigma {sigma}", f"collapsed dimensions: {collapsed}"],
+            ),
+            ("Training, tokens/s", trained, [training]),
+            ("Generation at T = 1, tokens/s", written, [writing, half]),
+        ]
     )
-    return f'<dl class="tiles">{grid}</dl>\n{scores(calm, baseline, s.scored_tokens_per_file)}'
+    return f"{first}\n{scores(calm, baseline, s.scored_tokens_per_file)}"
 
 
 def scores(calm: ModelSummary, baseline: ModelSummary, per_file: int | None) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from nextvec.files import atomic_open
 from nextvec.report.figures import ROWS, Series, dots, plot
-from nextvec.report.markup import absent, facts, figure, fold, legend, pair, paragraph, section, table
+from nextvec.report.markup import absent, document, facts, figure, fold, legend, pair, paragraph, table
 from nextvec.report.words import MISSING, TIMES_100, count, duration, minus, plus_minus, safe
 from nextvec.sweep.tables import (
     NAMES,
@@ -58,20 +56,11 @@ class Table:
 
 def write_page(sweeps: Sequence[Sweep], path: Path) -> None:
     """One self-contained page: no script, no request."""
-    here = files("nextvec.report")
     named = [
         (f"sweep-{number}", sweep.spec["name"], _section(sweep, f"s{number}")) for number, sweep in enumerate(sweeps)
     ]
-    page = Template((here / "page.html").read_text(encoding="utf-8")).substitute(
-        title=safe(TITLE),
-        style=(here / "style.css").read_text(encoding="utf-8"),
-        lede=safe(_lede(sweeps)),
-        opening="",
-        contents="".join(f'<li><a href="#{anchor}">{safe(title)}</a></li>' for anchor, title, _ in named),
-        main="\n".join(section(anchor, title, html) for anchor, title, html in named),
-    )
     with atomic_open(path) as handle:
-        handle.write(page)
+        handle.write(document(TITLE, _lede(sweeps), "", named))
 
 
 def markdown(sweep: Sweep) -> str:

@@ -1,0 +1,55 @@
+"""`nextvec report`: the page of a training run, while it goes on or afterwards, or of finished sweeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nextvec.cli import app
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="One run directory of `nextvec train`, or folders of `nextvec sweep`."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Page to write. Default: report.html in DIR; of several, in this folder."),
+    ] = None,
+) -> None:
+    """A page that stands alone: curves and anomalies of a run, also while it trains, or tables and pictures of sweeps.
+
+    On standard output: what `nextvec watch --once` shows of the run, or the sweeps' tables as Markdown.
+    """
+    import sys
+
+    from nextvec.errors import ConfigError
+    from nextvec.files import check_target
+
+    check_target(out)
+    path = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    runs = [folder for folder in folders if (folder / "config.yaml").is_file()]
+    if runs and len(folders) > 1:
+        raise ConfigError(f"{runs[0]} is a training run: a report is of one run, or of sweeps")
+    if runs:
+        from rich.console import Console
+
+        from nextvec.report.run import write_page as write_run
+        from nextvec.watch.screen import View
+        from nextvec.watch.status import Reader
+
+        status = Reader(runs[0]).look()
+        Console(highlight=False).print(View(status))
+        write_run(status, path)
+    else:
+        from nextvec.report.sweep import markdown, write_page
+        from nextvec.sweep.tables import read_sweep_results
+
+        sweeps = [read_sweep_results(folder) for folder in folders]
+        print("\n\n".join(markdown(each) for each in sweeps))
+        write_page(sweeps, path)
+    print(f"page: {path}", file=sys.stderr)
