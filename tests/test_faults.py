@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from nextvec.errors import ConfigError
+from nextvec.lock import RUN_LOCK, held, run_lock
 from nextvec.train import checkpoint
-from nextvec.train.lock import LOCK, run_lock
 from test_train_loop import Fake, assert_same, config, run
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from nextvec.train.lock import run_lock
+from nextvec.lock import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -47,9 +47,9 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock_behind(tmp_
             run(tmp_path / "run", config(steps=4), resume=True)
         assert (tmp_path / "run" / "config.yaml").read_bytes() == before
         other.send_signal(signal.SIGKILL)
-    assert (tmp_path / "run" / LOCK).read_text().startswith(f"{other.pid} ")
+    assert (tmp_path / "run" / RUN_LOCK).read_text().startswith(f"{other.pid} ")
     assert run(tmp_path / "run", config(steps=4), resume=True).step == 4
-    assert not (tmp_path / "run" / LOCK).exists()
+    assert not (tmp_path / "run" / RUN_LOCK).exists()
 
 
 def test_two_fresh_runs_of_one_directory(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_two_fresh_runs_of_one_directory(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is being written by"):
             run(tmp_path / "run", config(steps=2))
         other.kill()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [RUN_LOCK]
     assert run(tmp_path / "run", config(steps=2)).step == 2
 
 
@@ -68,13 +68,44 @@ def test_without_locks_of_the_file_system_the_process_id_decides(
         raise OSError(errno.ENOLCK, "No locks available")
 
     with holder(tmp_path / "run") as other:
-        monkeypatch.setattr("nextvec.train.lock.fcntl.flock", none)
+        monkeypatch.setattr("nextvec.lock.fcntl.flock", none)
         with pytest.raises(ConfigError, match=f"process {other.pid} on"), run_lock(tmp_path / "run"):
             pass
         other.kill()
         other.wait()
         with run_lock(tmp_path / "run"):
-            assert (tmp_path / "run" / LOCK).read_text().startswith(f"{os.getpid()} ")
+            assert (tmp_path / "run" / RUN_LOCK).read_text().startswith(f"{os.getpid()} ")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["locks of the file system", "process ids"])
+def test_who_waits_for_a_lock_has_it_when_its_holder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    def none(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path, taken = tmp_path / "run" / RUN_LOCK, threading.Event()
+
+    def wait() -> None:
+        with held(path, wait=True) as mine:
+            assert mine
+            assert path.read_text().startswith(f"{os.getpid()} ")
+            taken.set()
+
+    with holder(tmp_path / "run") as other:
+        if not known:
+            monkeypatch.setattr("nextvec.lock.fcntl.flock", none)
+            monkeypatch.setattr("nextvec.lock.POLL", 0.01)
+        with held(path, wait=False) as mine:
+            assert not mine
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not taken.wait(0.2)
+        other.kill()
+        other.wait()
+        assert taken.wait(30)
+        waiting.join()
+    assert not path.exists()
 
 
 def test_steps_do_not_wait_for_a_slow_disk_and_the_end_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

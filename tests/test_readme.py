@@ -292,6 +292,7 @@ def house_table() -> str:
         "hardware.py",
         "process.py",
         "files.py",
+        "lock.py",
         "errors.py",
         "cli",
     ]

@@ -17,9 +17,10 @@ import yaml
 
 from nextvec.cli import main
 from nextvec.errors import ConfigError, DataError
+from nextvec.lock import held
 from nextvec.report.sweep import markdown
 from nextvec.sweep.estimate import Rates
-from nextvec.sweep.folder import LOCK, begin, check_begun, held, open_folder
+from nextvec.sweep.folder import LOCK, begin, check_begun, open_folder
 from nextvec.sweep.plan import Vocabulary, assumed_vocabulary, digest, flops_per_token, make_jobs, tokens_per_step
 from nextvec.sweep.run import Progress, run_sweep
 from nextvec.sweep.spec import SweepSpec, named, read_spec, shipped

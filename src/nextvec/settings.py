@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -91,6 +91,21 @@ def layered(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
         else:
             found = with_value(found, key, value)
     return found
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, added: bool = True, prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Where two nested settings differ: dotted keys in the order of `before`, with both values, None for one that is not there.
+
+    added: then also the keys that `before` lacks.
+    """
+    for key in {**before, **now} if added else before:
+        a, b = before.get(key), now.get(key)
+        if all(value is None or isinstance(value, Mapping) for value in (a, b)):
+            yield from differences(a or {}, b or {}, added=added, prefix=f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b
 
 
 def unknown_key(key: str, known: list[str]) -> str:

@@ -9,15 +9,15 @@ OUT/rows/STAGE/ROW/seed-N/            a run directory with job.json (what was be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nextvec import __version__
 from nextvec.errors import ConfigError
 from nextvec.files import read_json, write_json
-from nextvec.sweep.plan import Job, first_difference
+from nextvec.settings import differences
+from nextvec.sweep.plan import Job
 from nextvec.sweep.spec import SweepSpec
 
 FORMAT = 1  # of sweep.json, job.json and result.json
@@ -37,7 +37,7 @@ def open_folder(out: Path, spec: SweepSpec) -> None:
     """Make the folder this sweep's, new or begun before. Raises ConfigError where rows read other data than the spec names."""
     if (out / SWEEP).is_file() and any(out.glob("rows/*/*/*/" + JOB)):
         before = read_sweep(out)["spec"]["data"]
-        found = first_difference(before, spec.data.model_dump(mode="json"), "data.")
+        found = _first_difference({"data": before}, {"data": spec.data.model_dump(mode="json")})
         if found is not None:
             raise _edited(spec, out, "its rows", found)
     if not (out / SWEEP).is_file():
@@ -72,7 +72,7 @@ def check_begun(out: Path, spec: SweepSpec, jobs: Sequence[Job]) -> None:
                 f"{spec.name} was edited after rows were run: {out} holds the row {begun['row']} at seed {begun['seed']}, "
                 "which it no longer has; put it back, or give a new folder with --out"
             )
-        found = first_difference(begun["identity"], job.identity)
+        found = _first_difference(begun["identity"], job.identity)
         if found is not None:
             raise _edited(spec, out, f"row {job.row.name}", found)
 
@@ -84,25 +84,9 @@ def begin(folder: Path, job: Job) -> None:
         write_json(folder / JOB, content)
 
 
-@contextmanager
-def held(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold the lock file `path` while inside; False when another process holds it and `wait` is not set.
-
-    A lock ends with its process, however that ends. Where the system has no such locks, everybody gets it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """A key that only `now` has is a setting that a newer nextvec added, at its default."""
+    return next(differences(before, now, added=False), None)
 
 
 def _edited(spec: SweepSpec, out: Path, what: str, found: tuple[str, Any, Any]) -> ConfigError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,21 +206,3 @@ def _check_lengths(spec: SweepSpec, row: Row, run: RunConfig, encoder: Autoencod
         plan_windows([], spec.evaluate.context_tokens, stride)
     except ConfigError as error:
         raise ConfigError(f"{spec.name}, evaluate: {error}") from None
-
-
-def first_difference(
-    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> tuple[str, Any, Any] | None:
-    """The first key of `before` at which two nested records differ, dotted, with both values.
-
-    A key that only `now` has is a setting that a newer nextvec added, at its default.
-    """
-    for key, a in before.items():
-        b = now.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found = first_difference(a, b, f"{prefix}{key}.")
-            if found is not None:
-                return found
-        elif a != b:
-            return f"{prefix}{key}", a, b
-    return None

@@ -19,6 +19,7 @@ from nextvec.evaluate.brier import Document, evaluate_brier
 from nextvec.evaluate.reconstruction import evaluate_reconstruction
 from nextvec.files import read_json, write_json
 from nextvec.hardware import choose_device, environment
+from nextvec.lock import held
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.rundir import load_autoencoder, load_run
 from nextvec.sweep.estimate import Rates
@@ -30,7 +31,6 @@ from nextvec.sweep.folder import (
     begin,
     check_begun,
     check_folder,
-    held,
     open_folder,
     write_sweep,
 )

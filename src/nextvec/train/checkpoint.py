@@ -32,6 +32,7 @@ from nextvec.config import parse_run
 from nextvec.errors import ConfigError, DataError, UserError
 from nextvec.files import disk_error, fsync_folder, read_json, sha256, write_json, write_tensors
 from nextvec.hardware import Precision
+from nextvec.settings import differences
 
 WHOLE, PARTS = 1, 2  # formats of state.json: all of a tensor in one file, or the part of each process in its own
 FORMAT = PARTS  # newest that is read
@@ -255,12 +256,12 @@ def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str,
     The number of steps, what is logged, evaluated, saved and kept may change, and the shards may have moved. A setting
     that the checkpoint does not know, written by an older nextvec, counts as its default.
     """
-    before, now = _flat(_with_defaults(checkpoint.state.config)), _flat(config)
-    for key in sorted(before.keys() | now.keys()):
-        if key not in CONTINUED and before.get(key) != now.get(key):
+    found = differences(_with_defaults(checkpoint.state.config), config)
+    for key, before, now in sorted(found, key=lambda item: item[0]):
+        if key not in CONTINUED:
             raise DataError(
-                f"--resume needs the settings that the run began with: {key} was {before.get(key)} and is now "
-                f"{now.get(key)}; set it back, or train into a new directory"
+                f"--resume needs the settings that the run began with: {key} was {before} and is now {now}; set it back, "
+                "or train into a new directory"
             )
     if checkpoint.state.data != data:
         raise DataError("--resume needs the shards that the run began with: data.path holds other tokens now")
@@ -337,17 +338,6 @@ def _step_of(path: Path) -> int:
 def _remove_partial(folder: Path) -> None:
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        k: v
-        for name, inner in value.items()
-        for k, v in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
 
 
 __all__ = [

@@ -19,13 +19,13 @@ from nextvec.config import RunConfig, dump_yaml
 from nextvec.errors import ConfigError, UserError
 from nextvec.files import atomic_open
 from nextvec.hardware import choose_device
+from nextvec.lock import run_lock
 from nextvec.process import keep_freed_memory
 from nextvec.train import checkpoint
 from nextvec.train.data import Data, open_data
 from nextvec.train.interface import Trainable, TrainResult
 from nextvec.train.interrupt import Interrupt
 from nextvec.train.latents import with_latents
-from nextvec.train.lock import run_lock
 from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row, check_tensorboard
 from nextvec.train.progress import Display
 from nextvec.train.recompute import recomputed_blocks
