@@ -21,7 +21,8 @@ import pytest
 from nextvec import cli
 from nextvec.errors import ConfigError, DataError
 from nextvec.text import encoding, writing
-from nextvec.text.prepare import Prepared, held_out, prepare
+from nextvec.text.prepare import Prepared, prepare
+from nextvec.text.reading import held_out
 from nextvec.text.shards import TokenShards
 from nextvec.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 

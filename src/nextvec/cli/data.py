@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -75,6 +75,19 @@ def prepare(
     text_key: TextKey = "text",
     dtype: Annotated[Literal["auto", "uint16", "uint32"], typer.Option(help="Type of the ids on disk.")] = "auto",
     shard_tokens: Annotated[int, typer.Option(help="Tokens of one shard file.")] = 1 << 24,
+    executor: Annotated[
+        Literal["local", "slurm", "ray"] | None,
+        typer.Option(help="Make the same shards by tasks of datatrove (extra `datatrove`) instead."),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(help="With --executor: pieces; default: one per file, up to 1,000.")
+    ] = None,
+    executor_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="With --executor: an argument of it, as partition=cpu time=04:00:00 of slurm."
+        ),
+    ] = None,
     latents: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Store what this autoencoder says of each patch, for data.latents=true."),
@@ -94,6 +107,18 @@ def prepare(
     from nextvec.text.prepare import prepare as run
     from nextvec.text.tokenizer import load_tokenizer
 
+    shared: dict[str, Any] = {
+        "packing": packing,
+        "valid_fraction": valid_fraction,
+        "skip_bad": skip_bad,
+        "workers": workers,
+        "text_key": text_key,
+        "dtype": dtype,
+        "shard_tokens": shard_tokens,
+    }
+    if executor is not None or tasks is not None or executor_option:
+        _by_tasks(executor, sources, tokenizer, out, tasks, executor_option or [], latents, shared)
+        return
     teacher = _teacher(latents, tokenizer) if latents is not None else None
     columns = (
         TextColumn("Preparing"),
@@ -117,25 +142,39 @@ def prepare(
                 shown = time.monotonic()
                 bar.update(task, completed=fraction, note=f"{documents:,} documents, {tokens / 1e6:,.1f}M tokens")
 
-            result = run(
-                sources,
-                load_tokenizer(tokenizer),
-                out,
-                packing=packing,
-                valid_fraction=valid_fraction,
-                skip_bad=skip_bad,
-                workers=workers,
-                text_key=text_key,
-                dtype=dtype,
-                shard_tokens=shard_tokens,
-                show=show,
-            )
+            result = run(sources, load_tokenizer(tokenizer), out, show=show, **shared)
     except KeyboardInterrupt:
         print("nextvec: interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None
     print(result)
     if teacher is not None:
         _store_latents(teacher, result.train)
+
+
+def _by_tasks(
+    executor: Literal["local", "slurm", "ray"] | None,
+    sources: list[str],
+    tokenizer: str,
+    out: Path,
+    tasks: int | None,
+    options: list[str],
+    latents: Path | None,
+    shared: dict[str, Any],
+) -> None:
+    from nextvec.errors import ConfigError
+    from nextvec.settings import apply_overrides
+    from nextvec.text.cluster import prepare_by_tasks
+    from nextvec.text.tokenizer import load_tokenizer
+
+    if executor is None:
+        raise ConfigError("--tasks and --executor-option are for --executor local, slurm or ray")
+    if latents is not None:
+        raise ConfigError(
+            "--latents is not for --executor: run the same command without it afterwards, which only encodes"
+        )
+    given = apply_overrides({}, options)
+    result = prepare_by_tasks(executor, sources, load_tokenizer(tokenizer), out, options=given, tasks=tasks, **shared)
+    print(result or f"{out}: Slurm has the jobs; the last one writes the manifests (logs in {out / 'executor'})")
 
 
 def _teacher(run: Path, tokenizer: str) -> Autoencoder:

@@ -38,9 +38,14 @@ def encode_documents(
 ) -> Generator[tuple[list[T], Encoded]]:
     """Encode (text, label) pairs; yields labels and ids in the order of the input, whatever the number of workers.
 
-    A corpus below 1 MiB of text is encoded here, without processes. Raises DataError when a process dies.
+    A corpus below 1 MiB of text is encoded here, without processes, and with 0 workers any. Raises DataError when a process
+    dies.
     """
     batches = _batches(pairs)
+    if workers == 0:
+        for texts, labels in batches:
+            yield labels, encode(texts, tokenizer, dtype)
+        return
     first: list[tuple[list[str], list[T]]] = []
     size = 0
     for batch in batches:

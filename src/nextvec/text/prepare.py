@@ -7,33 +7,28 @@ document that brings it to `shard_tokens`; the place in the sources after that d
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from numpy.typing import NDArray
+from typing import Literal
 
 import nextvec
 from nextvec.errors import ConfigError, DataError
 from nextvec.files import write_json
 from nextvec.text import builtin
-from nextvec.text.encoding import encode_documents
-from nextvec.text.formats import Bad
 from nextvec.text.journal import STATE, Group, State, begin
 from nextvec.text.readers import Item, expand, fingerprint
+from nextvec.text.reading import Reading
 from nextvec.text.shards import FORMAT, DTypeName, Manifest, Packing, ShardRecord, Split, shard_dtype
 from nextvec.text.tokenizer import TextTokenizer
 from nextvec.text.writing import ShardWriter, group
 
 SHARD_TOKENS = 1 << 24  # tokens of a group: about a minute of work lost at most, 32 MiB of uint16
 SPLITS: tuple[Split, ...] = ("train", "valid")
-SHOWN = 5  # sentences of skipped documents that are kept for the summary
 
 
 @dataclass(frozen=True)
@@ -73,17 +68,6 @@ class Prepared:
 Show = Callable[[float, int, int], None]  # fraction of the sources read, documents, tokens
 
 
-class Note(NamedTuple):
-    """What travels with a document from reading to writing."""
-
-    split: Split
-    text_bytes: int
-    item: int  # place in the sources: number of the item,
-    entry: int  # and entries of it used up, this document included
-    skipped: int  # bad entries met before this document
-    fraction: float  # of all sources, by bytes on disk
-
-
 def prepare(
     sources: Sequence[str],
     tokenizer: TextTokenizer,
@@ -106,14 +90,33 @@ def prepare(
     and a full disk.
     """
     began = time.monotonic()
-    if not 0 <= valid_fraction < 1:
-        raise ConfigError(f"valid_fraction must be in [0, 1); got {valid_fraction}")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1; got {workers}")
+    items = expand(sources)
+    plan = planned(items, tokenizer, packing, valid_fraction, text_key, dtype, shard_tokens)
+    work = Work(Path(out), items, plan, skip_bad)
+    resumed = work.documents
+    if not work.state.done:
+        work.run(tokenizer, workers or cores(), show)
+        work.finish(tokenizer, list(sources))
+    return work.result(resumed, time.monotonic() - began)
+
+
+def planned(
+    items: list[Item],
+    tokenizer: TextTokenizer,
+    packing: Packing,
+    valid_fraction: float,
+    text_key: str,
+    dtype: DTypeName | Literal["auto"],
+    shard_tokens: int,
+) -> State:
+    """The journal of a preparation that has not begun. Raises ConfigError for bad arguments."""
+    if not 0 <= valid_fraction < 1:
+        raise ConfigError(f"valid_fraction must be in [0, 1); got {valid_fraction}")
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be at least 1; got {shard_tokens}")
-    items = expand(sources)
-    plan = State(
+    return State(
         format=FORMAT,
         arguments={
             "tokenizer": tokenizer.hash,
@@ -127,29 +130,29 @@ def prepare(
         groups=[],
         done=False,
     )
-    work = _Work(Path(out), items, plan, skip_bad)
-    resumed = work.documents
-    if not work.state.done:
-        work.run(tokenizer, workers or _cores(), show)
-        work.finish(tokenizer, list(sources))
-    return work.result(resumed, time.monotonic() - began)
 
 
-class _Work:
+class Work:
     """One preparation, from a fresh or an earlier state to finished shard directories."""
 
     def __init__(self, out: Path, items: list[Item], plan: State, skip_bad: bool):
-        self.items = items
         self.folders = {split: out / split for split in SPLITS}
         self.state = begin(out, plan)
         self.journal = out / STATE
         last = self.state.groups[-1] if self.state.groups else Group()
         if last.skipped and not skip_bad:
             raise ConfigError(f"{out} was begun with --skip-bad ({last.skipped} documents left out); give it again")
-        self.skip_bad = skip_bad
-        self.read_skipped, self.skipped, self.empty = last.skipped, last.skipped, last.empty
+        self.skipped, self.empty = last.skipped, last.empty
         self.item, self.entry = last.item, last.entry
-        self.messages: list[str] = []
+        self.reading = self.reading_of(plan, items, skip_bad, self.item, self.entry, self.skipped)
+
+    @staticmethod
+    def reading_of(
+        plan: State, items: Sequence[Item], skip_bad: bool, item: int = 0, entry: int = 0, skipped: int = 0
+    ) -> Reading:
+        """The documents of `items` from a place on, as the plan's arguments want them read."""
+        key, fraction = str(plan.arguments["text_key"]), float(plan.arguments["valid_fraction"])
+        return Reading(items, key, fraction, skip_bad, item, entry, skipped)
 
     def records(self, split: Split) -> list[ShardRecord]:
         return [record for done in self.state.groups if (record := done.shards.get(split))]
@@ -167,7 +170,7 @@ class _Work:
         target = int(self.state.arguments["shard_tokens"])
         dtype = str(self.state.arguments["dtype"])
         documents, tokens = self.documents, self.tokens
-        with closing(_encoded(self._texts(), tokenizer, dtype, workers)) as stream:
+        with closing(self.reading.encoded(tokenizer, dtype, workers)) as stream:
             ended = False
             while not ended:
                 ended = True
@@ -186,7 +189,7 @@ class _Work:
                             ended = False
                             break
                     if ended:
-                        self.skipped = self.read_skipped  # bad entries after the last document count too
+                        self.skipped = self.reading.skipped  # bad entries after the last document count too
                     self._close(writers)
 
     def finish(self, tokenizer: TextTokenizer, sources: list[str]) -> None:
@@ -220,46 +223,10 @@ class _Work:
             text_bytes=sum(record.text_bytes for split in SPLITS for record in self.records(split)),
             skipped=self.skipped,
             empty=self.empty,
-            messages=tuple(self.messages),
+            messages=tuple(self.reading.messages),
             resumed=resumed,
             seconds=seconds,
         )
-
-    def _texts(self) -> Iterator[tuple[str, Note]]:
-        """Documents from the place reached on, each with what writing it needs to know."""
-        fraction = float(self.state.arguments["valid_fraction"])
-        text_key = str(self.state.arguments["text_key"])
-        total = max(1, sum(item.weight for item in self.items))
-        before = sum(item.weight for item in self.items[: self.item])
-        first, skip = self.item, self.entry
-        for number, item in enumerate(self.items[first:], start=first):
-            for entry, found in enumerate(item.read(text_key), start=1):
-                if number == first and entry <= skip:
-                    continue
-                if isinstance(found, Bad):
-                    self._bad(found.message)
-                    continue
-                data = found.text.encode()
-                key = data if found.key is found.text else found.key.encode()
-                yield (
-                    found.text,
-                    Note(
-                        split="valid" if held_out(key, fraction) else "train",
-                        text_bytes=len(data),
-                        item=number,
-                        entry=entry,
-                        skipped=self.read_skipped,
-                        fraction=(before + item.weight * found.fraction) / total,
-                    ),
-                )
-            before += item.weight
-
-    def _bad(self, message: str) -> None:
-        if not self.skip_bad:
-            raise DataError(f"{message} (--skip-bad leaves such documents out)")
-        self.read_skipped += 1
-        if len(self.messages) < SHOWN:
-            self.messages.append(message)
 
     def _close(self, writers: dict[Split, ShardWriter]) -> None:
         shards = {split: record for split, writer in writers.items() if (record := writer.finish())}
@@ -300,24 +267,7 @@ class _Work:
         )
 
 
-def held_out(key: bytes, fraction: float) -> bool:
-    """True for a share `fraction` of all keys, the same ones always: by SHA-256, read as a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(key).digest()[:8]) < fraction * 2**64
-
-
-def _encoded(
-    texts: Iterator[tuple[str, Note]], tokenizer: TextTokenizer, dtype: str, workers: int
-) -> Generator[tuple[Note, NDArray[Any] | None]]:
-    """One document at a time; None for ids when a text has no token at all."""
-    with closing(encode_documents(texts, tokenizer, dtype, workers)) as batches:
-        for notes, encoded in batches:
-            start = 0
-            for note, length in zip(notes, encoded.lengths.tolist(), strict=True):
-                yield note, encoded.ids[start : start + length] if length > 1 else None
-                start += length
-
-
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use, which on a shared machine can be fewer than it has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
