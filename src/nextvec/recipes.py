@@ -1,4 +1,4 @@
-"""The arena: what each arm of a comparison trains and for how long its autoencoder is, said once for demo and bake-off.
+"""The arena: settings of each arm of a comparison, and how long its autoencoder trains; for demo and bake-off alike.
 
 Evidence for the values is in docs/log.md. Settings are plain, as `nextvec train --config` takes them, without text and steps.
 """

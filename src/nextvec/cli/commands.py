@@ -1,5 +1,6 @@
 """Imports every module that registers verbs on the app, in the order in which help lists them."""
 
+from nextvec.cli import bakeoff as bakeoff
 from nextvec.cli import bench as bench
 from nextvec.cli import bound as bound
 from nextvec.cli import compare as compare

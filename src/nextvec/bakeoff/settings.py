@@ -1,0 +1,103 @@
+"""What a bake-off is asked for, checked, and the sweep that it is: an arm is a row, a result a row's at one seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nextvec.errors import ConfigError
+from nextvec.recipes import arena
+from nextvec.settings import unknown_name
+from nextvec.sweep.spec import Stage, SweepSpec
+
+ARMS: dict[str, tuple[Stage, str]] = {  # by the name of the row: what is trained, and how a sentence calls it
+    "calm": ("lm", "CALM"),
+    "token": ("baseline", "the token Transformer"),
+    "multi-token": ("lm", "the multi-token Transformer"),
+}
+NAME = "bakeoff"  # of the sweep
+MOST_MINUTES = 1440.0
+VOCABULARY = 2048
+CONTEXT, DRAWS = 512, 4  # documents-512
+DOCUMENTS, LENGTH = 64, 1024  # held-out documents scored, first tokens of each
+CURVE = 6  # points of training at which held-out figures are measured, for the break-even
+
+
+@dataclass(frozen=True)
+class Bakeoff:
+    """What is asked for. Raises ConfigError in one sentence for what cannot be."""
+
+    data: tuple[str, ...] = ()  # sources, as `nextvec prepare` reads
+    minutes: float = 10.0  # of training, for each arm; CALM's autoencoder counts
+    out: Path = Path("runs/bakeoff")
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: int = 1
+    vocab_size: int = VOCABULARY
+    tokenizer: str | None = None
+    shards: str | None = None  # what `nextvec prepare` wrote, instead of sources
+    valid_fraction: float = 0.05  # of the documents
+    text_key: str = "text"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes <= MOST_MINUTES:
+            raise ConfigError(f"minutes must be above 0 and at most {MOST_MINUTES:g}; got {self.minutes:g}")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds must be at least 1; got {self.seeds}")
+        if bool(self.data) == (self.shards is not None):
+            raise ConfigError("a bake-off needs text: give either --data SRC or --shards DIR")
+        if self.shards is not None and self.tokenizer is not None:
+            raise ConfigError("shards have their tokenizer: leave --tokenizer out")
+        if not 0 < self.valid_fraction < 1:
+            raise ConfigError(f"valid-fraction must be above 0 and below 1; got {self.valid_fraction:g}")
+        if not self.arms:
+            raise ConfigError(f"give at least one arm of {', '.join(ARMS)}")
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise ConfigError(unknown_name("arm", arm, list(ARMS)))
+        if len(set(self.arms)) < len(self.arms):
+            raise ConfigError(f"an arm is given twice: {', '.join(self.arms)}")
+
+    @property
+    def seconds(self) -> float:
+        return 60.0 * self.minutes
+
+    @property
+    def source(self) -> str:
+        """How a sentence calls the text."""
+        return ", ".join(self.data) or str(self.shards)
+
+
+def spec_of(asked: Bakeoff, vocab_size: int, autoencoder_steps: int) -> SweepSpec:
+    """The sweep: every arm with the arena's settings, at equal seconds. `vocab_size`: of the tokenizer, as far as it is known."""
+    encoder = arena("autoencoder", vocab_size, asked.minutes)
+    data: dict[str, Any] = {"valid_fraction": asked.valid_fraction, "text_key": asked.text_key}
+    if asked.shards is not None:
+        data |= {"shards": asked.shards}
+    else:
+        data |= {"source": list(asked.data), "tokenizer": asked.tokenizer, "vocab_size": asked.vocab_size}
+    return SweepSpec.parse(
+        {
+            "name": NAME,
+            "about": f"CALM and token Transformers at {asked.minutes:g} minutes of training each.",
+            "data": data,
+            "base": {"autoencoder": {**encoder, "train": {**encoder.get("train", {}), "steps": autoencoder_steps}}},
+            "rows": [_row(arm, arena(arm, vocab_size, asked.minutes)) for arm in asked.arms],
+            "seeds": list(range(asked.seeds)),
+            "budget": {"seconds": asked.seconds, "autoencoder": True},
+            "evaluate": {
+                "context_tokens": CONTEXT,
+                "draws": DRAWS,
+                "documents": DOCUMENTS,
+                "document_tokens": LENGTH,
+                "curve": CURVE,
+            },
+        },
+        "bake-off",
+    )
+
+
+def _row(arm: str, settings: dict[str, Any]) -> dict[str, Any]:
+    stage = ARMS[arm][0]
+    return {"name": arm, "stage": stage, **{f"{stage}.{section}": value for section, value in settings.items()}}

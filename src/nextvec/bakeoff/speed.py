@@ -1,0 +1,108 @@
+"""Tokens a second of finished models, one text at a time, all of them in turn; and what a token costs in operations."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nextvec.evaluate.cost import cost
+from nextvec.evaluate.windows import Document
+from nextvec.hardware import synchronize
+from nextvec.model.calm import Calm
+from nextvec.model.token_lm import TokenLM
+from nextvec.sampling.generate import generate
+from nextvec.sampling.settings import Sampling
+from nextvec.sweep.estimate import busy
+from nextvec.text.tokenizer import TextTokenizer
+
+REPEATS = 5  # after one for warm-up
+TOKENS, PROMPT = 128, 32  # of a text, and before it
+TEXTS = 4  # of a repeat at most, where texts end early
+ONE = "T = 1"
+CENTRED, POOLED = (
+    "centre of 8",
+    "T = 0.5, 200 candidates",
+)  # the fast sampler that docs/sampling.md recommends; the published one
+
+
+def samplers(model: Calm | TokenLM) -> dict[str, Sampling]:
+    """Ways to draw whose speed is measured. Where tokens are drawn, a lower temperature costs what T = 1 costs."""
+    found = {ONE: Sampling(1.0, max_tokens=TOKENS)}
+    if isinstance(model, Calm) and model.has_latents:
+        found[CENTRED] = Sampling(candidates=8, method="centre", max_tokens=TOKENS)
+        found[POOLED] = Sampling(0.5, candidates=200, max_tokens=TOKENS)
+    return found
+
+
+def operations(model: Calm | TokenLM, sampling: Sampling, context_tokens: int) -> float:
+    """Floating-point operations per generated token, counted as `nextvec flops` does, the head split."""
+    settings: dict[str, Any] = {"context": context_tokens // model.patch_size}
+    if isinstance(model, Calm):
+        single = sampling.temperature == 1 and sampling.method == "pool"
+        settings["candidates"] = 1 if single or not model.has_latents else sampling.candidates
+        settings["decoded"] = 1 if sampling.method == "centre" else None
+    return cost(model.config, **settings).inference_split.total
+
+
+def measure_speeds(
+    models: Mapping[str, Calm | TokenLM],
+    documents: Sequence[Document],
+    tokenizer: TextTokenizer,
+    context_tokens: int,
+    repeats: int = REPEATS,
+) -> dict[str, dict[str, Any]]:
+    """By model and sampler: tokens_per_s (median of the repeats), low and high among them, operations per token, and how.
+
+    Repeats of all go in turn. On a CPU with more to do than it can, seconds are those of the processor over its threads.
+    """
+    prompts = [document[:PROMPT].tolist() for document in documents if len(document) > PROMPT] or [[]]
+    arms = [(name, way, sampling) for name, model in models.items() for way, sampling in samplers(model).items()]
+    rates: dict[tuple[str, str], list[float]] = {(name, way): [] for name, way, _ in arms}
+    by_processor = next(iter(models.values())).device.type == "cpu" and busy()
+    for turn in range(repeats + 1):
+        for name, way, sampling in arms:
+            rate = _rate(models[name], sampling, prompts, turn, tokenizer, by_processor)
+            if turn:
+                rates[name, way].append(rate)
+    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for name, way, sampling in arms:
+        values = rates[name, way]
+        found[name][way] = {
+            "tokens_per_s": statistics.median(values),
+            "low": min(values),
+            "high": max(values),
+            "operations": operations(models[name], sampling, context_tokens),
+            "how": "processor time over threads" if by_processor else "clock",
+        }
+    return found
+
+
+def _rate(
+    model: Calm | TokenLM,
+    sampling: Sampling,
+    prompts: Sequence[Sequence[int]],
+    turn: int,
+    tokenizer: TextTokenizer,
+    by_processor: bool,
+) -> float:
+    """Tokens a second of one repeat: texts until there are TOKENS of them."""
+    made, text = 0, 0
+    synchronize(model.device)
+    began = time.perf_counter(), time.process_time()
+    while made < TOKENS and text < TEXTS:
+        prompt = prompts[(turn * TEXTS + text) % len(prompts)]
+        asked = replace(sampling, seed=turn * TEXTS + text)
+        eos_id, pad_id = tokenizer.eos_id, tokenizer.pad_id
+        for step in generate(model, [prompt], asked, eos_id=eos_id, pad_id=pad_id, packed=model.packed):
+            made += max(len(step.tokens[0]), 1)  # end-of-text is a token, too
+        text += 1
+    synchronize(model.device)
+    seconds = time.perf_counter() - began[0]
+    if by_processor:
+        seconds = (time.process_time() - began[1]) / torch.get_num_threads()
+    return made / max(seconds, 1e-9)
