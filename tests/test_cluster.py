@@ -137,13 +137,15 @@ def test_slurm_gets_three_jobs_that_wait_for_each_other(
     code, _, error = command(monkeypatch, capsys, *words, *more)
     assert code == 2
     assert "needs --executor-option time=... and --executor-option partition=..." in error
-    more += ["--executor-option", "partition=cpu", "--executor-option", "time='01:00:00'"]
+    more += ["--executor-option", "partition=cpu", "--executor-option", "time=14:00:00"]
+    more += ["--executor-option", "sbatch_args={account: a7}", "--executor-option", "cpus_per_task=3"]
     code, said, _ = command(monkeypatch, capsys, *words, *more)
     assert code == 0
     assert "Slurm has the jobs" in said
     scripts = [script.read_text() for script in sorted(told.iterdir())]
     stages = [script for script in scripts if "launch_pickled_pipeline" in script]
-    assert [("--partition=cpu" in script, "--time=01:00:00" in script) for script in stages] == [(True, True)] * 3
+    assert [("--partition=cpu" in script, "--time=14:00:00" in script) for script in stages] == [(True, True)] * 3
+    assert all("--account=a7\n" in script and "--cpus-per-task=3\n" in script for script in stages)
     assert ["dependency=afterok:10" in script.splitlines()[0] for script in stages] == [False, True, True]
     for name, count in (("encode", 2), ("write", 2), ("finish", 1)):
         for task in range(count):
@@ -163,6 +165,7 @@ def test_bad_words_on_the_command_line(
         (["--tasks", "2"], "--tasks and --executor-option are for --executor local, slurm or ray"),
         (["--executor", "local", "--tasks", "0"], "tasks must be at least 1; got 0"),
         (["--executor", "local", "--executor-option", "speed=9"], "--executor local has no option 'speed'"),
+        (["--executor", "local", "--executor-option", "speed"], "is written key=value, for instance partition=cpu"),
         (["--executor", "local", "--latents", "run"], "--latents is not for --executor"),
         (["--executor", "ray"], "--executor ray needs a package that is not installed: pip install ray"),
     ):

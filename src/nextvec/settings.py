@@ -69,7 +69,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         key, separator, value = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"an override is written key=value, for instance optim.lr=1e-3; got {item!r}")
-        data = with_value(data, key, _yaml_value(key, value))
+        data = with_value(data, key, yaml_value(key, value))
     return data
 
 
@@ -120,7 +120,8 @@ def unknown_name(what: str, name: str, known: list[str]) -> str:
     return f"unknown {what} {name!r}{hint}"
 
 
-def _yaml_value(key: str, text: str) -> Any:
+def yaml_value(key: str, text: str) -> Any:
+    """One value written as YAML. Raises ConfigError, naming its key."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -85,7 +85,8 @@ def prepare(
     executor_option: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="With --executor: an argument of it, as partition=cpu time=04:00:00 of slurm."
+            metavar="KEY=VALUE",
+            help="With --executor: an argument of it; slurm needs partition=NAME and time=HH:MM:SS.",
         ),
     ] = None,
     latents: Annotated[
@@ -162,7 +163,6 @@ def _by_tasks(
     shared: dict[str, Any],
 ) -> None:
     from nextvec.errors import ConfigError
-    from nextvec.settings import apply_overrides
     from nextvec.text.cluster import prepare_by_tasks
     from nextvec.text.tokenizer import load_tokenizer
 
@@ -172,9 +172,20 @@ def _by_tasks(
         raise ConfigError(
             "--latents is not for --executor: run the same command without it afterwards, which only encodes"
         )
-    given = apply_overrides({}, options)
+    given = dict(map(_option, options))
     result = prepare_by_tasks(executor, sources, load_tokenizer(tokenizer), out, options=given, tasks=tasks, **shared)
     print(result or f"{out}: Slurm has the jobs; the last one writes the manifests (logs in {out / 'executor'})")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE; a value is text but for whole numbers, true, false and {...} (to YAML, 14:00:00 is a number)."""
+    from nextvec.errors import ConfigError
+    from nextvec.settings import yaml_value
+
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"an option of the executor is written key=value, for instance partition=cpu; got {text!r}")
+    return key, yaml_value(key, value) if value.isdigit() or value in ("true", "false") or value[:1] == "{" else value
 
 
 def _teacher(run: Path, tokenizer: str) -> Autoencoder:
