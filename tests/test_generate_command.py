@@ -81,10 +81,19 @@ def test_a_terminal_without_unicode_gets_question_marks(runs: Path, monkeypatch:
     assert written.getvalue().endswith(b"\n")
 
 
-def test_the_commands_defaults_are_those_of_the_api() -> None:
+def test_the_commands_defaults_are_those_of_the_api(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = inspect.signature(verb).parameters
-    for name in ("temperature", "candidates", "max_tokens", "seed"):
+    for name in ("temperature", "max_tokens", "seed"):
         assert options[name].default == getattr(Sampling(), name)
+    for method, candidates in (("pool", Sampling.candidates), ("centre", 8)):
+        asked = ["--prompt", "go", "--max-tokens", 9, "--method", method]
+        told = []
+        for more in ([], ["--candidates", candidates]):
+            assert command(monkeypatch, runs / "calm", *asked, *more) == 0
+            told.append(capsys.readouterr().out)
+        assert told[0] == told[1]
 
 
 def test_text_beyond_the_context_of_training_is_told(

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -163,7 +164,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x"] * 17}, "stop is at most 16 texts"),
     ({"stream_options": {"include_usage": True}}, "stream_options needs stream to be true"),
     ({"tempersture": 1}, "there is no field 'tempersture' here"),
-    ({"sampler": "exact"}, "sampler: input should be 'batch'"),
+    ({"method": "exact"}, "method: input should be 'pool' or 'centre'"),
+    ({"method": "centre", "temperature": 0.5}, "method centre has no temperature, and got 0.5: leave it out"),
+    ({"method": "centre", "top_p": 0.9}, "top_p cuts the probabilities of the next token"),
+    ({"method": "centre", "candidates": 5000}, "candidates is at most 1000 here; got 5000"),
+    ({"model": "baseline", "method": "centre"}, "method centre averages latents, which this model does not draw"),
 ]
 
 
@@ -182,6 +187,48 @@ def test_the_token_model_takes_top_p_and_top_k(server: Running, client: openai.O
     )
     settings = Sampling(1.0, 200, 20, 1, top_k=4, top_p=0.5)
     assert answer.choices[0].text == expected(server, "baseline", [PROMPT], settings)[0]
+
+
+def test_texts_of_different_methods_are_drawn_side_by_side(server: Running, client: openai.OpenAI) -> None:
+    asked: list[dict[str, Any]] = [
+        {"method": "centre"},
+        {"method": "pool"},
+        {"method": "centre", "candidates": 3},
+        {"candidates": 3},
+        {},
+    ]
+    settings = [
+        Sampling(
+            0.5,
+            each.get("candidates", 8 if "centre" in each.values() else 200),
+            60,
+            9,
+            method=each.get("method", "pool"),
+        )
+        for each in asked
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = pool.map(
+            lambda more: client.completions.create(
+                model="calm", prompt=PROMPT, max_tokens=60, seed=9, extra_body=more
+            ).choices[0].text,
+            asked,
+        )  # fmt: skip
+        texts = list(answers)
+    assert texts == [expected(server, "calm", [PROMPT], each)[0] for each in settings]
+    assert texts[1] == texts[4]
+    assert len(set(texts)) == 4
+
+
+def test_methods_are_in_the_description(server: Running) -> None:
+    made = http.client.HTTPConnection(*server.address)
+    made.request("GET", "/openapi.json")
+    schemas = json.loads(made.getresponse().read())["components"]["schemas"]
+    made.close()
+    for name in ("CompletionRequest", "ChatRequest", "PatchRequest"):
+        method = schemas[name]["properties"]["method"]
+        assert next(each["enum"] for each in method["anyOf"] if "enum" in each) == ["pool", "centre"]
+        assert "the mean of a few latents" in method["description"]
 
 
 def test_a_base_model_does_not_chat(client: openai.OpenAI) -> None:
@@ -223,6 +270,10 @@ def test_chats_follow_the_template() -> None:
             )
         with pytest.raises(openai.BadRequestError, match="tools cannot be had: the models were not trained"):
             client.chat.completions.create(model="calm", messages=messages, tools=[{"type": "function"}])  # type: ignore[list-item]
+        mean: dict[str, Any] = {"method": "centre", "candidates": 4}
+        middle = client.chat.completions.create(model="calm", messages=messages, seed=4, max_tokens=20, extra_body=mean)
+        plain = client.completions.create(model="calm", prompt=ids, seed=4, max_tokens=20, extra_body=mean)
+        assert middle.choices[0].message.content == plain.choices[0].text != answer.choices[0].message.content
         free = client.chat.completions.create(model="baseline", messages=messages, seed=4)
         assert free.usage is not None
         assert free.usage.total_tokens <= 240
@@ -257,6 +308,29 @@ def test_patches_come_with_the_vote_that_chose_them(server: Running, prompt: str
     assert last["usage"]["completion_tokens"] == sum(patch["tokens"] for patch in patches)
     _, _, body = read_answer(server.post("/nextvec/patches", {**asked, "model": "baseline"}))
     assert all("vote" not in patch for patch in events(body)[:-1])
+
+
+def test_patches_of_a_centre_tell_what_its_latents_decode_to(server: Running) -> None:
+    asked = {
+        "model": "calm",
+        "prompt": "The quick br",
+        "max_tokens": 30,
+        "seed": 6,
+        "method": "centre",
+        "candidates": 20,
+    }
+    *patches, _ = events(read_answer(server.post("/nextvec/patches", asked))[2])
+    text = expected(server, "calm", ["The quick br"], Sampling(0.5, 20, 30, 6, method="centre"))[0]
+    assert "".join(patch["text"] for patch in patches) == text
+    for patch in patches:
+        vote = patch["vote"]
+        (chosen,) = [each for each in vote["candidates"] if each["chosen"]]
+        assert (vote["draws"], vote["kept"], chosen["probability"], vote["others"]["probability"]) == (20, 20, 1, 0)
+        assert sum(each["votes"] for each in vote["candidates"]) + vote["others"]["votes"] == 20
+        assert (len(patch["points"]), patch["point"]) == (21, 20)
+        assert vote["candidates"][patch["points"][20][2]]["chosen"]
+        assert patch["points"][20][:2] == [0, 0], "the mean is the middle of the draws"
+    assert any(each["chosen"] and not each["votes"] for patch in patches for each in patch["vote"]["candidates"])
 
 
 def test_at_temperature_1_a_patch_is_one_draw(server: Running) -> None:

@@ -79,6 +79,38 @@ def test_text_streams_and_a_patch_tells_its_vote(browser: Tab, server: Running) 
     assert all(url.startswith((server.url, "data:")) for url in page.requested), page.requested
 
 
+def test_the_sampler_is_chosen_and_only_what_is_used_can_be_set(browser: Tab, server: Running) -> None:
+    page = opened(browser, server)
+    page.type("#length", "24")
+    page.type("#seed", "3")
+    page.type("#candidates", "60")
+    choose = """(([field, value]) => {{ const e = document.querySelector(field); e.value = value;
+        e.dispatchEvent(new Event('change')); }})({})"""
+    page.run(choose.format('["#method", "centre"]'))
+    assert page.run("document.querySelector('#candidates').value") == "8"
+    assert not page.run("document.querySelector('#temperature').disabled"), "the token model has one"
+    page.click("#write")
+    page.wait("document.querySelector('#status').textContent.startsWith('Done')")
+    for index, (name, settings) in enumerate(
+        (("calm", Sampling(0.5, 8, 24, 3, method="centre")), ("baseline", Sampling(0.5, 60, 24, 3)))
+    ):
+        text = generate_texts(server.models[name].model, ["def "], settings)[0]
+        assert page.run(f"panes[{index}].patches.map((patch) => patch.text).join('')") == text
+    page.click("#calm-2")
+    assert page.run("document.querySelector('#detail-words').textContent").startswith("The mean of 8 latents")
+    assert page.run("[...document.querySelectorAll('#vote thead th')].length") == 3, "no chances"
+    assert page.run("document.querySelectorAll('#vote tr.chosen').length") == 1
+    assert page.run("document.querySelectorAll('.plot > *').length") == 10  # the mean and its ring
+    page.run(choose.format('["#beside", ""]'))
+    assert page.run("document.querySelector('#temperature').disabled")
+    page.run(choose.format('["#model", "baseline"]'))
+    assert page.run("document.querySelector('#method').disabled")
+    assert not page.run("document.querySelector('#temperature').disabled")
+    page.run(choose.format('["#method", "pool"]'))
+    assert page.run("document.querySelector('#candidates').value") == "60"
+    assert page.complaints == []
+
+
 def test_stop_ends_the_text_and_frees_its_slot(browser: Tab, server: Running) -> None:
     page = opened(browser, server)
     page.type("#length", "200")

@@ -36,10 +36,12 @@ def generate(
         str | None, typer.Option(metavar="OUT|-", help="Write one JSON object per text here instead of printing.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="In (0, 1]; 1 is the model's own law.")] = 0.5,
-    candidates: Annotated[int, typer.Option(help="Draws in the pool of each patch (CALM below 1).")] = 200,
+    candidates: Annotated[
+        int | None, typer.Option(help="Draws in the pool of each patch (CALM below 1): 200; latents of a centre: 8.")
+    ] = None,
     method: Annotated[
         str,
-        typer.Option(help="pool, or the approximation centre: decode the mean of --candidates latents (8 serve well)."),
+        typer.Option(help="pool, or the approximation centre: decode the mean of --candidates latents."),
     ] = "pool",
     top_k: Annotated[int | None, typer.Option(help="Token baseline: only the k most likely tokens.")] = None,
     top_p: Annotated[
@@ -71,11 +73,14 @@ def generate(
     from nextvec.model.token_lm import TokenLM
     from nextvec.rundir import load_run, read_config
     from nextvec.sampling.generate import stream_pieces
-    from nextvec.sampling.settings import Sampling
+    from nextvec.sampling.settings import CANDIDATES, Sampling
     from nextvec.sampling.stats import Stats
 
     # a bad value is told before a large model loads
-    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, cast(Any, method))
+    known = cast(Any, method)  # `Sampling` refuses another
+    if candidates is None:
+        candidates = CANDIDATES.get(known, Sampling.candidates)
+    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, known)
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision must be fp32 or bf16; got {precision!r}")
     if samples < 1:

@@ -13,8 +13,8 @@ from nextvec.sampling.temperature import check_pool, check_temperature
 
 Finish = Literal["eos", "length", "stop"]  # the model ended the text, max_tokens was reached, a stop string appeared
 
-
 Method = Literal["pool", "centre"]  # the batch sampler; decode the mean of the candidates' latents (approximate.py)
+CANDIDATES: dict[Method, int] = {"pool": 200, "centre": 8}  # where none are given [P; docs/sampling.md]
 
 
 class Law(NamedTuple):
@@ -26,20 +26,23 @@ class Law(NamedTuple):
     top_p: float | None
     method: Method = "pool"
 
+    @property
+    def single(self) -> bool:
+        """A patch is the model's first draw: there is no pool."""
+        return self.temperature == 1 and self.method == "pool"
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How patches are drawn. Raises UserError for values out of range."""
 
     temperature: float = 0.5  # in (0, 1]; 1 is the model's own law [P: fluent text needs at most 0.5]
-    candidates: int = 200  # N, draws in a pool; unused where the model has likelihoods [P]
+    candidates: int = CANDIDATES["pool"]  # N, draws in a pool; unused where the model has likelihoods
     max_tokens: int = 256  # new tokens per row at most
     seed: int = 0  # row i draws from a generator seeded by (seed, i)
     top_k: int | None = None  # keep the k most likely tokens; models with likelihoods alone
     top_p: float | None = None  # keep the fewest most likely tokens that have this probability; likewise
-    method: Method = (
-        "pool"  # "centre" is an approximation: `candidates` (8 serve well) are the temperature, which is not used
-    )
+    method: Method = "pool"  # "centre" is an approximation: `candidates` are the temperature, which is not used
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)

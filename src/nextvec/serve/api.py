@@ -145,7 +145,11 @@ def _add_texts(app: FastAPI, models: Mapping[str, Served], settings: ServeSettin
         served = find(models, asked.model)
         (ids,) = await asyncio.to_thread(prompt_ids, served, asked.prompt, settings)
         plain = schema.Drawing(
-            model=asked.model, temperature=asked.temperature, candidates=asked.candidates, seed=asked.seed
+            model=asked.model,
+            temperature=asked.temperature,
+            method=asked.method,
+            candidates=asked.candidates,
+            seed=asked.seed,
         )
         job = asked_job(served, plain, [ids], asked.max_tokens, settings)
         job.detail = asked.detail

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextvec.model.interface import LanguageModel
+from nextvec.sampling.approximate import centre
 from nextvec.sampling.draw import HasLatents
 from nextvec.sampling.engine import Pool
 from nextvec.sampling.explain import Candidate, hold_vote
+from nextvec.sampling.settings import Sampling
 
 SHOWN = 12  # candidates that are told one by one
 POINTS = 400  # draws that are projected at most
@@ -29,6 +31,9 @@ class PatchDetail(NamedTuple):
     points: latents of up to POINTS draws as (x, y, candidate), the projection that keeps most of their variance, `share` of it;
     candidate is its place in `candidates`, -1 for another, -2 for a draw that does not agree with the prompt's rest.
     point: the place in `points` of the draw whose latent is told.
+
+    Of a centre nothing was chosen by votes: candidates are the patches that its latents decode to one by one, and the one
+    told, with probability 1 and perhaps no votes; the latent is the mean, which is the last of the points.
     """
 
     patch: tuple[int, ...]
@@ -43,7 +48,7 @@ class PatchDetail(NamedTuple):
 
 
 @torch.inference_mode()
-def explain_patch(model: LanguageModel, pool: Pool, rest: Sequence[int], temperature: float) -> PatchDetail | None:
+def explain_patch(model: LanguageModel, pool: Pool, rest: Sequence[int], settings: Sampling) -> PatchDetail | None:
     """The vote that chose a patch, from the draws it was chosen from; None where the model has likelihoods instead of draws.
 
     rest: ids of the prompt that the patch begins with.
@@ -53,9 +58,14 @@ def explain_patch(model: LanguageModel, pool: Pool, rest: Sequence[int], tempera
         tokens_NK = model.autoencoder.decode_tokens(pool.latents)
     if tokens_NK is None:
         return None
-    vote = hold_vote(tokens_NK, rest, temperature)
+    centred = settings.method == "centre"
+    vote = hold_vote(tokens_NK, rest, 1.0 if centred else settings.temperature)
     size, winner = len(rest), pool.patch[len(rest) :]
     ordered = list(vote.candidates)
+    if centred:
+        ordered = [Candidate(each.ids, each.votes, float(each.ids == winner)) for each in ordered]
+        if not any(each.ids == winner for each in ordered):
+            ordered.append(Candidate(winner, 0, 1.0))
     late = next((index for index, each in enumerate(ordered) if index >= SHOWN and each.ids == winner), None)
     if late is not None:
         ordered.insert(SHOWN - 1, ordered.pop(late))
@@ -68,14 +78,20 @@ def explain_patch(model: LanguageModel, pool: Pool, rest: Sequence[int], tempera
     points: list[tuple[float, float]] = []
     share, point = 0.0, 0
     if pool.latents is not None:
-        chosen = next((i for i, ids in enumerate(drawn) if kept[i] and tuple(ids[size:]) == winner), 0)
-        latent = tuple(round(value, 3) for value in pool.latents[chosen].tolist())
-        told = sorted(range(len(drawn)), key=lambda index: not kept[index])[
-            :POINTS
-        ]  # those that count before the others
-        points, share = project(pool.latents[told])
+        latent_NL = pool.latents
+        told = sorted(range(len(drawn)), key=lambda index: not kept[index])  # those that count before the others
+        if centred:
+            latent_NL = torch.cat((latent_NL, centre(latent_NL[None])))
+            chosen = len(drawn)
+            of_draw.append(place[winner])
+        else:
+            chosen = next((i for i, ids in enumerate(drawn) if kept[i] and tuple(ids[size:]) == winner), 0)
+            told.remove(chosen)
+        told = [*told[: POINTS - 1], chosen]
+        latent = tuple(round(value, 3) for value in latent_NL[chosen].tolist())
+        points, share = project(latent_NL[told])
         of_draw = [of_draw[index] for index in told]
-        point = told.index(chosen) if chosen in told else 0
+        point = len(told) - 1
     summed = (len(others), sum(each.votes for each in others), sum(each.probability for each in others))
     marked = tuple((x, y, where) for (x, y), where in zip(points, of_draw, strict=bool(points)))
     return PatchDetail(pool.patch, vote.draws, vote.kept, shown, summed, latent, marked, point, share)

@@ -3,6 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const COLOURS = 6;
+const candidates = {pool: 200, centre: 8}; // of each sampler, while the other is chosen
 let models = [], stopping = null, panes = [];
 
 function make(name, attributes = {}, ...children) {
@@ -50,18 +51,39 @@ async function loadModels() {
   const token = models.find((each) => each.nextvec.kind === "token_lm" && each !== calm);
   $("model").value = calm.id;
   $("beside").value = token ? token.id : "";
+  suit();
+}
+
+const chosenModels = () => [...new Set([$("model").value, $("beside").value].filter(Boolean))]
+  .map((name) => models.find((each) => each.id === name));
+const averages = (card) => $("method").value === "centre" && card.nextvec.latent !== null;
+
+// Only what the chosen models use can be set: a sampler where there are latents, a temperature where there is no mean.
+function suit() {
+  const cards = chosenModels();
+  $("method").disabled = cards.every((card) => card.nextvec.latent === null);
+  $("temperature").disabled = cards.every(averages);
+}
+
+function request(card) {
+  const told = {model: card.id, prompt: $("prompt").value.replaceAll("\r\n", "\n"), max_tokens: Number($("length").value),
+    seed: Number($("seed").value)};
+  if (averages(card)) return {...told, method: "centre", candidates: Number($("candidates").value)};
+  const pool = $("method").value === "pool" ? $("candidates").value : candidates.pool;
+  return {...told, temperature: Number($("temperature").value), candidates: Number(pool)};
 }
 
 // The text of one model: a listbox whose options are patches, so that arrow keys walk through them.
 class Pane {
-  constructor(card, prompt) {
+  constructor(card) {
     this.card = card;
+    this.asked = request(card);
     this.patches = [];
     this.tokens = 0; this.seconds = 0; this.first = null; this.began = performance.now();
     const kind = card.nextvec.kind === "calm" ? `CALM, ${card.nextvec.patch_size} tokens a step` : "token model, one token a step";
     this.list = make("div", {class: "text", role: "listbox", tabindex: "0", "aria-label": `Text of ${card.id}, by patches`,
       "aria-orientation": "horizontal"});
-    if (prompt) this.list.append(make("span", {class: "prompt", role: "presentation"}, prompt));
+    if (this.asked.prompt) this.list.append(make("span", {class: "prompt", role: "presentation"}, this.asked.prompt));
     this.figures = {};
     const list = make("dl", {class: "figures"});
     for (const [key, words] of [["rate", "tokens/s"], ["steps", "steps/s"], ["first", "first text"], ["count", "tokens in steps"]]) {
@@ -125,7 +147,7 @@ class Pane {
     const patch = this.patches[index];
     patch.node.setAttribute("aria-selected", "true");
     this.list.setAttribute("aria-activedescendant", patch.node.id);
-    explain(this.card, patch, index);
+    explain(this, patch, index);
   }
 }
 
@@ -142,7 +164,8 @@ function mark(index, x, y, size) {
   return make("path", {d: `M${x} ${y - size * 1.2}L${x + size * 1.2} ${y + size}L${x - size * 1.2} ${y + size}Z`, ...look});
 }
 
-function explain(card, patch, index) {
+function explain({card, asked}, patch, index) {
+  const mean = asked.method === "centre";
   $("detail").hidden = false;
   $("detail-title").textContent = `Patch ${index + 1} of ${card.id}: ${quoted(patch.text)}`;
   $("vote").replaceChildren();
@@ -154,40 +177,46 @@ function explain(card, patch, index) {
       : "This patch came without its vote.";
     return;
   }
-  if (vote.draws === 1) {
+  if (mean) {
+    const kinds = vote.candidates.filter((each) => each.votes).length + vote.others.candidates;
+    $("detail-words").textContent = `The mean of ${vote.draws} latents, decoded once: there is no vote. One by one they are `
+      + `${kinds} different ${kinds === 1 ? "patch" : "patches"}. The more latents, the likelier the text.`;
+    $("vote").append(voteTable(vote, mean));
+  } else if (vote.draws === 1) {
     $("detail-words").textContent = "At temperature 1 a patch is the model's first draw: there is no vote.";
   } else {
     const kinds = vote.candidates.length + vote.others.candidates;
     const kept = vote.kept < vote.draws ? `, ${vote.kept} of them fit the end of the prompt` : "";
     $("detail-words").textContent = `${vote.draws} draws${kept}: ${kinds} different ${kinds === 1 ? "patch" : "patches"}. `
       + "The lower the temperature, the more a patch needs draws that agree on it.";
-    $("vote").append(voteTable(vote));
+    $("vote").append(voteTable(vote, mean));
   }
-  if (patch.latent) $("pictures").append(strip(patch.latent));
+  if (patch.latent) $("pictures").append(strip(patch.latent, mean));
   if (patch.points.length > 1) $("pictures").append(plot(patch, vote));
 }
 
-function voteTable(vote) {
+function voteTable(vote, mean) {
+  const cells = (each, word) => [make("td", {}, String(each.votes)), ...(mean ? [] : [make("td", {}, percent(each.probability))]),
+    make("td", {}, word)];
   const body = make("tbody");
   vote.candidates.forEach((each, index) => {
     const key = make("svg", {class: "mark", viewBox: "0 0 10 10", "aria-hidden": "true"}, mark(index, 5, 5, 3.4));
     body.append(make("tr", each.chosen ? {class: "chosen"} : {}, make("th", {scope: "row"}, key, quoted(each.text)),
-      make("td", {}, String(each.votes)), make("td", {}, percent(each.probability)), make("td", {}, each.chosen ? "✓ chosen" : "")));
+      ...cells(each, each.chosen ? (mean ? "✓ the mean" : "✓ chosen") : "")));
   });
   const others = vote.others;
   if (others.candidates) {
-    body.append(make("tr", {class: "others"}, make("th", {scope: "row"}, `${others.candidates} others`),
-      make("td", {}, String(others.votes)), make("td", {}, percent(others.probability)), make("td", {})));
+    body.append(make("tr", {class: "others"}, make("th", {scope: "row"}, `${others.candidates} others`), ...cells(others, "")));
   }
-  const head = ["Candidate", "Votes", "Chance", ""].map((text) => make("th", {scope: "col"}, text));
-  return make("table", {}, make("caption", {}, "Votes: draws that decode to the patch. Chance: of being chosen at this temperature."),
-    make("thead", {}, make("tr", {}, ...head)), body);
+  const head = (mean ? ["Patch", "Latents", ""] : ["Candidate", "Votes", "Chance", ""]).map((text) => make("th", {scope: "col"}, text));
+  const words = mean ? "Latents that decode to the patch one by one." : "Votes: draws that decode to the patch. Chance: of being chosen at this temperature.";
+  return make("table", {}, make("caption", {}, words), make("thead", {}, make("tr", {}, ...head)), body);
 }
 
-function strip(latent) {
+function strip(latent, mean) {
   const largest = Math.max(...latent.map(Math.abs), 1e-9);
   const svg = make("svg", {class: "strip", viewBox: `0 0 ${latent.length} 12`, preserveAspectRatio: "none", role: "img", height: "44",
-    "aria-label": `Latent of the chosen draw: ${latent.length} numbers, the largest in size ${largest.toFixed(2)}`});
+    "aria-label": `${mean ? "Mean of the latents" : "Latent of the chosen draw"}: ${latent.length} numbers, the largest in size ${largest.toFixed(2)}`});
   latent.forEach((value, index) => {
     const cell = make("rect", {x: index, y: 0, width: 1.02, height: 12});
     cell.style.fill = `rgba(var(${value < 0 ? "--minus" : "--plus"}), ${Math.abs(value) / largest})`;
@@ -195,7 +224,7 @@ function strip(latent) {
     svg.append(cell);
   });
   svg.style.height = "2.75rem";
-  return make("figure", {}, make("h3", {}, "The latent"), svg,
+  return make("figure", {}, make("h3", {}, mean ? "The mean of the latents" : "The latent"), svg,
     make("figcaption", {}, `The ${latent.length} numbers that were decoded: orange below zero, blue above, strongest at ±${largest.toFixed(1)}.`));
 }
 
@@ -231,9 +260,9 @@ async function* eventsOf(answer) {
   }
 }
 
-async function write(pane, asked, signal) {
+async function write(pane, signal) {
   pane.began = performance.now();
-  const answer = await fetch("nextvec/patches", {method: "POST", headers: headers(), body: JSON.stringify(asked), signal});
+  const answer = await fetch("nextvec/patches", {method: "POST", headers: headers(), body: JSON.stringify(pane.asked), signal});
   if (!answer.ok) throw new Error(await sentence(answer));
   let whole = false;
   for await (const event of eventsOf(answer)) {
@@ -249,10 +278,7 @@ async function run(event) {
   complain("");
   if (!models.length) await loadModels();
   if (!models.length) return;
-  const asked = {prompt: $("prompt").value.replaceAll("\r\n", "\n"), temperature: Number($("temperature").value),
-    candidates: Number($("candidates").value), max_tokens: Number($("length").value), seed: Number($("seed").value)};
-  const names = [...new Set([$("model").value, $("beside").value].filter(Boolean))];
-  panes = names.map((name) => new Pane(models.find((each) => each.id === name), asked.prompt));
+  panes = chosenModels().map((card) => new Pane(card));
   $("texts").replaceChildren(...panes.map((pane) => pane.node));
   $("detail").hidden = true;
   stopping = new AbortController();
@@ -261,7 +287,7 @@ async function run(event) {
   try {
     for (const pane of panes) { // one after the other: side by side each would slow the other
       say(`${pane.card.id} writes …`);
-      await write(pane, {...asked, model: pane.card.id}, stopping.signal);
+      await write(pane, stopping.signal);
     }
     say("Done. Choose a patch to see how it was chosen: click it, or walk through the text with the arrow keys.");
   } catch (error) {
@@ -277,6 +303,13 @@ async function run(event) {
 $("form").addEventListener("submit", run);
 $("stop").addEventListener("click", () => stopping && stopping.abort());
 $("temperature").addEventListener("input", () => { $("warmth").textContent = $("temperature").value; });
+$("method").addEventListener("change", () => {
+  const now = $("method").value;
+  candidates[now === "centre" ? "pool" : "centre"] = $("candidates").value;
+  $("candidates").value = candidates[now];
+  suit();
+});
+for (const id of ["model", "beside"]) $(id).addEventListener("change", suit);
 $("boundaries").addEventListener("change", () => $("texts").classList.toggle("bounded", $("boundaries").checked));
 $("key").addEventListener("change", loadModels);
 loadModels();

@@ -10,11 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nextvec.sampling.settings import Sampling
+from nextvec.sampling.settings import Method, Sampling
 from nextvec.serve.errors import ApiError
 
 Ids = list[Annotated[int, Field(ge=0)]]
 MAX_TOKENS = 16  # of a completion that does not say it, as OpenAI's
+METHOD = (
+    "How a CALM draws a patch: pool, a choice by votes from many draws at a temperature; centre, the mean of a few latents, "
+    "decoded once, without a temperature. Default pool"
+)
+CANDIDATES = (
+    "Draws behind each patch of a CALM: in a pool below temperature 1, default 200; averaged by centre, default 8"
+)
 NOTHING: dict[str, tuple[tuple[Any, ...], str]] = {  # values that ask for nothing, and why others cannot be had
     "best_of": ((1,), "texts have no likelihood to be ranked by: ask for n texts and choose"),
     "frequency_penalty": ((0,), "it changes the likelihoods of tokens, and patches are drawn whole"),
@@ -41,14 +48,12 @@ class StreamOptions(Asked):
 
 
 class Drawing(Asked):
-    """What completions and chats have in common. Ours beyond OpenAI's: candidates, top_k, sampler."""
+    """What completions and chats have in common. Ours beyond OpenAI's: method, candidates, top_k."""
 
     model: str = Field(description="One of the ids of /v1/models")
     temperature: float | None = Field(default=None, description="In (0, 1]; 1 is the model's own law. Default 0.5")
-    candidates: int | None = Field(
-        default=None, ge=1, description="Draws in the pool of each patch; CALM below temperature 1. 200"
-    )
-    sampler: Literal["batch"] | None = Field(default=None, description="How temperature is reached without likelihoods")
+    method: Method | None = Field(default=None, description=METHOD)
+    candidates: int | None = Field(default=None, ge=1, description=CANDIDATES)
     top_p: float | None = Field(default=None, description="Token baseline alone: a CALM has no likelihoods of tokens")
     top_k: int | None = Field(default=None, ge=1, description="Token baseline alone")
     max_tokens: int | None = Field(default=None, ge=1, description="New tokens at most")
@@ -103,8 +108,9 @@ class PatchRequest(Asked):
 
     model: str
     prompt: str = ""
-    temperature: float = Sampling.temperature
-    candidates: int = Field(default=Sampling.candidates, ge=1)
+    temperature: float | None = Field(default=None, description="Default 0.5")
+    method: Method | None = Field(default=None, description=METHOD)
+    candidates: int | None = Field(default=None, ge=1, description=CANDIDATES)
     max_tokens: int = Field(default=64, ge=1)
     seed: int = Field(default=Sampling.seed, ge=-(2**63), lt=2**63)
     detail: bool = True

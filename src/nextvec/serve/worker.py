@@ -115,8 +115,9 @@ class Worker:
                 param="n",
             )
         with self._changed:
-            if self._stopping:
-                raise ApiError(503, "the server is stopping; try another replica", headers={"retry-after": "5"})
+            if self._stopping or (self._thread.ident is not None and not self.alive):
+                what = "the server is stopping" if self._stopping else f"the engine of {self.name} has ended"
+                raise ApiError(503, f"{what}: try another replica", headers={"retry-after": "5"})
             if self._held + job.rows > limit:
                 self._metrics.refused.labels(self.name).inc()
                 raise busy(
@@ -217,7 +218,7 @@ class Worker:
             detail = None
             if text.job.detail:
                 rest = text.rest[: event.pool.given]  # none of it where the prompt was padded instead
-                detail = explain_patch(self._model, event.pool, rest, text.job.settings.temperature)
+                detail = explain_patch(self._model, event.pool, rest, text.job.settings)
             text.rest = ()
             tokens, draws = tokens + piece.tokens, draws + piece.pool.draws
             updates.append((text.job, Update(_renumber(piece, text.row), seconds, detail)))
