@@ -54,14 +54,17 @@ class Backbone(nn.Module):
             keys, values = reading.append(layer, key, value)
             if not alone:
                 query, key, value = query.to(keys.dtype), keys, values
-            mixed_BHPE = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                reading.mask,
-                is_causal=alone,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            if reading.apart is not None:
+                mixed_BHPE = _attend_apart(query, key, value, reading.apart)
+            else:
+                mixed_BHPE = F.scaled_dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    reading.mask,
+                    is_causal=alone,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
             x_BPD = x_BPD + block.attention.out(mixed_BHPE.transpose(1, 2).flatten(-2).to(x_BPD.dtype))
             x_BPD = x_BPD + block.mlp(block.mlp_norm(x_BPD))
         cache.lengths += positions
@@ -100,6 +103,18 @@ class Backbone(nn.Module):
 
     def _rotary(self, positions_P: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(positions_P, self.config.head_dim, self.config.rope_base, rotary_dtype(like))
+
+
+def _attend_apart(query_BHPE: Tensor, key: Tensor, value: Tensor, seen: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Mixed values (B, H, P, E): each position by itself, over the first `seen` held; zero for those that `seen` leaves out."""
+    mixed_BHPE, grouped = torch.zeros_like(query_BHPE), query_BHPE.shape[1] != key.shape[1]
+    for row, counts in enumerate(seen):
+        for place, count in enumerate(counts):
+            one = slice(row, row + 1), slice(None), slice(place, place + 1)
+            mixed_BHPE[one] = F.scaled_dot_product_attention(
+                query_BHPE[one], key[row : row + 1, :, :count], value[row : row + 1, :, :count], enable_gqa=grouped
+            )
+    return mixed_BHPE
 
 
 def _attend_branch(query_BHNE: Tensor, trunk: tuple[Tensor, Tensor], own: Layers, hidden_NP: Tensor) -> Tensor:

@@ -18,8 +18,12 @@ class KVCache:
     """Preallocated keys and values of every layer, (layers, 2, B, H_kv, capacity, E), and the rotations of all positions.
 
     A bf16 model's cache on a CPU is float32: one query against the cache is then 4.5 to 8 times faster, and rounded less.
-    `rows` gives a part of it as a cache of its own on the same memory.
+    `rows` gives a part of it as a cache of its own on the same memory. `apart`: each position attends by itself, over exactly
+    those before it, so that its bits depend on no other; only positions of the first so many rows, and of these the first so
+    many, do: the others fill a tile up, and nobody reads their states.
     """
+
+    apart: tuple[int, int] | None = None
 
     def __init__(
         self, config: BackboneConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -58,7 +62,7 @@ class KVCache:
         longest, device = max(lengths) + positions, self.store.device
         if longest > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions; got {longest}: make a larger one")
-        if min(lengths) == max(lengths):
+        if min(lengths) == max(lengths) and self.apart is None:
             start = lengths[0]
             cos, sin = (table[start:longest] for table in self._rotations)
             mask = None
@@ -67,6 +71,10 @@ class KVCache:
             return Reading(self, start, longest, None, cos, sin, mask)
         place_BP = (self.lengths[:, None] + torch.arange(positions)).to(device)
         cos, sin = (table[place_BP] for table in self._rotations)
+        if self.apart is not None:
+            rows, read = self.apart
+            seen = tuple(tuple(range(length + 1, length + read + 1)) for length in lengths[:rows])
+            return Reading(self, None, longest, place_BP, cos, sin, None, seen)
         mask_B1PC = (torch.arange(longest, device=device) <= place_BP[..., None])[:, None]
         return Reading(self, None, longest, place_BP, cos, sin, mask_B1PC)
 
@@ -76,6 +84,7 @@ class Reading(NamedTuple):
 
     start: positions held before, None where rows differ, which then have their places in `place`. longest: held afterwards.
     mask: true where a position is seen; None where all are, or where the new positions alone are causal (`start` is 0).
+    apart: where each position attends by itself, how many it sees, for those of each row that attend; else None.
     """
 
     cache: KVCache
@@ -85,6 +94,7 @@ class Reading(NamedTuple):
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
+    apart: tuple[tuple[int, ...], ...] | None = None
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, H_kv, P, E) keys and values behind those held; all of this layer up to the longest row."""

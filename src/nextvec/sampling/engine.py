@@ -25,6 +25,7 @@ from nextvec.model.interface import LanguageModel
 from nextvec.model.packed import pack_linears
 from nextvec.sampling.draw import Drawn, HasLogits, complete_patch, draw_patches, has_latents
 from nextvec.sampling.settings import Finish, Law, Sampling, row_generator
+from nextvec.sampling.tiles import Tiles
 
 KEPT = 0.75  # share of the context that stays when the window slides
 
@@ -78,9 +79,9 @@ class Engine:
 
     slots: rows at work at once. capacity: patches that the model may read of one row, prompt and boundary included.
     slide: a longer text goes on with the last three quarters of what the model has read, read anew as training saw windows of
-    text; else `add` refuses what may not fit. deterministic: every product has the shape it has for one row alone and one
-    patch at a time, so that a row's text is the same, token for token, in any company, dtype included; slower for many rows
-    and long prompts. Without it this holds up to rounding, which in bf16 can turn a near tie.
+    text; else `add` refuses what may not fit. deterministic: every product has the same shape whatever is at work (tiles.py), so
+    that a row's text is the same, token for token, in any company, dtype included; slower. Without it this holds up to
+    rounding, which in bf16 can turn a near tie.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class Engine:
         self._model, self._eos, self._packed = model, eos_id, packed
         self._pad = pad_id
         self._boundary = [eos_id] + [pad_id] * (model.patch_size - 1)
-        self._slots, self._capacity, self._slide, self._deterministic = slots, capacity, slide, deterministic
-        self._cache = model.new_cache(slots, capacity)
+        self._slots, self._capacity, self._slide = slots, capacity, slide
+        self._tiles = Tiles(model) if deterministic else None
+        self._cache = (self._tiles or model).new_cache(slots, capacity)
         self._rows: list[_Row] = []  # row i is in slot i
         self._queue: deque[_Row] = deque()
         self._next = 0
@@ -172,7 +174,10 @@ class Engine:
         return ordered
 
     def _draw(self, rows: list[_Row], state_BD: Tensor) -> Drawn:
-        return draw_patches(self._model, state_BD, rows[0].settings.law, [row.generator for row in rows])
+        law, generators = rows[0].settings.law, [row.generator for row in rows]
+        if self._tiles is not None:
+            return self._tiles.draw(state_BD, law, generators)
+        return draw_patches(self._model, state_BD, law, generators)
 
     def _complete(self, row: _Row, slot: int, state_1D: Tensor) -> Drawn:
         """The patch that begins with the rest of a prompt; where none does, the one after the prompt padded on its left.
@@ -220,11 +225,10 @@ class Engine:
     def _read(self, patches: list[list[int]], slot: int) -> Tensor:
         """The state (1, D) after patches read into an empty slot."""
         self._cache.clear(slot)
-        ids_1PK = torch.tensor([patches], device=self._model.device)
         cache = self._cache.rows(slot, slot + 1)
-        for part in ids_1PK.split(1, dim=1) if self._deterministic else [ids_1PK]:
-            state_1PD = self._model.states(part, cache)
-        return state_1PD[:, -1]
+        if self._tiles is not None:
+            return self._tiles.read_on(patches, cache)[-1:]
+        return self._model.states(torch.tensor([patches], device=self._model.device), cache)[:, -1]
 
     def _read_last(self) -> list[Tensor]:
         """Read the patches drawn in the step before; a row whose slot is full goes on with the end of its text."""
@@ -236,18 +240,17 @@ class Engine:
                     self._read(row.patches[:-1], slot)
         if not self._rows:
             return []
-        ids_B1K = torch.tensor([row.patches[-1:] for row in self._rows], device=self._model.device)
-        width = 1 if self._deterministic else len(self._rows)
-        return [
-            self._model.states(ids_B1K[start : start + width], self._cache.rows(start, start + width))[:, -1]
-            for start in range(0, len(self._rows), width)
-        ]
+        last = [row.patches[-1] for row in self._rows]
+        if self._tiles is not None:
+            return [self._tiles.read(last, self._cache)]
+        ids_B1K = torch.tensor(last, device=self._model.device)[:, None]
+        return [self._model.states(ids_B1K, self._cache.rows(0, len(last)))[:, -1]]
 
     def _together(self) -> list[list[int]]:
         """Slots that are drawn together: rows of one law, and each with a rest of a prompt alone."""
         groups: dict[Law | int, list[int]] = {}
         for slot, row in enumerate(self._rows):
-            groups.setdefault(slot if row.given or self._deterministic else row.settings.law, []).append(slot)
+            groups.setdefault(slot if row.given else row.settings.law, []).append(slot)
         return list(groups.values())
 
     def _take(self, row: _Row, patch: list[int], pool: Pool) -> Event:
