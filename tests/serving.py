@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench_runs import RUNS
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
+from nextvec.rundir import build_model, save_run
 from nextvec.serve.api import build_app
 from nextvec.serve.chat import ChatTemplate
 from nextvec.serve.metrics import Metrics
@@ -72,8 +78,6 @@ def running(
     made = {"calm": calm(2, dtype), "baseline": token_lm(dtype)} if models is None else models
     chat = None
     if template is not None:
-        from pathlib import Path
-
         chat = ChatTemplate(template, {"eos_token": "<|endoftext|>"}, Path("test"))
     served = {
         name: Served(
@@ -97,6 +101,30 @@ def running(
             thread.join(timeout=30)
             assert not thread.is_alive(), "the server ends"
             assert not any(each.worker.alive for each in served.values()), "its engines end"
+
+
+def save_runs(folder: Path) -> Path:
+    """Run directories of every kind, for servers in processes of their own."""
+    for name, config in RUNS.items():
+        model = build_model(config, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+        save_run(folder / name, config, model, TOKENIZER)  # type: ignore[arg-type]
+    return folder
+
+
+def started(*words: str | Path, port: int = 0, env: dict[str, str] | None = None) -> tuple[subprocess.Popen[str], str]:
+    """`nextvec serve` in a process of its own, and its address."""
+    command = [sys.executable, "-c", "from nextvec.cli import main; main()", "serve", "--port", str(port)]
+    child = subprocess.Popen(
+        [*command, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    assert " at http://" in line, child.stderr and child.stderr.read()
+    return child, line.split(" at ")[1].split("/v1")[0]
 
 
 def read_answer(made: socket.socket) -> tuple[int, dict[str, str], bytes]:

@@ -18,12 +18,10 @@ import psutil
 import pytest
 import torch
 
-from bench_runs import RUNS
-from nextvec.rundir import build_model, save_run
 from nextvec.sampling.generate import generate_texts
 from nextvec.sampling.settings import Sampling
 from sampling_models import TOKENIZER
-from serving import PROMPT, Running, events, read_answer, running
+from serving import PROMPT, Running, events, read_answer, running, save_runs, started
 
 
 def text_of(server: Running, model: str, seed: int, **more: Any) -> tuple[str, int]:
@@ -293,27 +291,32 @@ def test_a_step_that_fails_is_an_error_for_its_requests_and_the_server_goes_on(m
         assert read_answer(made)[0] == 200
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_has_ended_is_told_to_the_balancer() -> None:
+    """At /health, and to each request, so that another replica is asked; the other model goes on."""
+    with running() as server:
+        worker = server.models["calm"].worker
+
+        def end() -> None:
+            raise SystemExit  # ends the thread without a word
+
+        worker._step = end  # type: ignore[method-assign]
+        asked = {"model": "calm", "prompt": "a"}
+        server.post("/v1/completions", asked).close()
+        worker._thread.join(timeout=20)
+        made = server.raw()
+        made.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        status, _, body = read_answer(made)
+        assert (status, json.loads(body)["status"]) == (503, "failed")
+        status, headers, body = read_answer(server.post("/v1/completions", asked))
+        assert (status, headers["retry-after"]) == (503, "5")
+        assert json.loads(body)["error"]["message"] == "the engine of calm has ended: try another replica"
+        assert text_of(server, "baseline", 1)[1] == 200
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    for name, config in RUNS.items():
-        model = build_model(config, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-        save_run(folder / name, config, model, TOKENIZER)  # type: ignore[arg-type]
-    return folder
-
-
-def started(*words: str | Path, env: dict[str, str] | None = None) -> tuple[subprocess.Popen[str], str]:
-    """`nextvec serve` in a process of its own, and its address."""
-    import os
-
-    command = [sys.executable, "-c", "from nextvec.cli import main; main()", "serve", "--port", "0", *map(str, words)]
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-    )
-    assert child.stdout is not None
-    line = child.stdout.readline()
-    assert " at http://" in line, child.stderr and child.stderr.read()
-    return child, line.split(" at ")[1].split("/v1")[0]
+    return save_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.slow
