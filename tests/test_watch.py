@@ -20,8 +20,7 @@ from rich.console import Console
 from nextvec.cli import main
 from nextvec.config import dump_yaml
 from nextvec.errors import ConfigError
-from nextvec.train.lock import LOCK as RUN_LOCK
-from nextvec.train.lock import run_lock
+from nextvec.lock import RUN_LOCK, run_lock
 from nextvec.watch.screen import PLAIN, View, change, sparkline
 from nextvec.watch.status import Reader, Status
 from test_train_loop import Fake, config, run
@@ -77,7 +76,7 @@ def test_one_look_at_a_run_that_nextvec_trained(
     for part in (
         "run: autoencoder is finished",
         "100.0 %",
-        "step 20",
+        "step 20 of 20",
         "480 tokens",
         "held out at step 20: cross_entropy",
     ):

@@ -119,6 +119,7 @@ def _train(
     import shlex
 
     from nextvec.config import apply_overrides
+    from nextvec.errors import ConfigError
     from nextvec.model.calm import Calm
     from nextvec.rundir import load_autoencoder, load_run
     from nextvec.text.shards import TokenShards
@@ -142,6 +143,8 @@ def _train(
     if data is not None:
         settings = {**settings, "data": {**(settings.get("data") or {}), "path": str(data)}}
     settings = apply_overrides(settings, overrides)
+    if settings["kind"] != VERBS[verb]:
+        raise ConfigError(f"nextvec train {verb} trains the kind {VERBS[verb]!r}: leave kind={settings['kind']} out")
     shards = TokenShards.open(data_folders(_first_corpus(settings))[0])
     settings["data"] = {"packing": shards.manifest.packing, **settings["data"]}  # a run says how its text was laid out
     if start is not None:

@@ -55,7 +55,7 @@ class View:
         s = self.status
         parts: list[RenderableType] = [Text(headline(s), style="bold")]
         if s.train:
-            parts += [self._progress(options), self._terms(options)]
+            parts += [self._progress(options), Text(so_far(s)), self._terms(options)]
         if s.eval:
             parts.append(Text(f"held out at step {s.eval[-1]['step']:,}: {terms(s.eval[-1])}"))
         parts += [Text(line) for line in (checkpoint(s),) if line]
@@ -63,14 +63,10 @@ class View:
         return [Group(*parts)]
 
     def _progress(self, options: ConsoleOptions) -> RenderableType:
-        s, last = self.status, self.status.last
-        done = s.progress or 0.0
-        words = [f"{100 * done:.1f} %", f"step {last['step']:,}", f"{count(last.get('tokens'))} tokens"]
-        words.append(f"{duration(last.get('seconds'))} of training")
-        if s.eta is not None and done < 1.0:
-            words.append(f"ETA {duration(s.eta)}")
+        done, eta = self.status.progress or 0.0, self.status.eta
+        words = f"{100 * done:.1f} %" + (f", ETA {duration(eta)}" if eta is not None and done < 1.0 else "")
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(1.0, done, width=min(30, options.max_width // 4)), Text(", ".join(words)))
+        grid.add_row(ProgressBar(1.0, done, width=min(40, options.max_width // 2)), Text(words))
         return grid
 
     def _terms(self, options: ConsoleOptions) -> RenderableType:
@@ -115,6 +111,14 @@ def headline(s: Status) -> str:
     elif s.state == "training" and s.written is not None and s.written > 120:
         hint = f"; last row {duration(s.written)} ago"
     return f"{s.path}: {kind} {state}{who}{hint}"
+
+
+def so_far(s: Status) -> str:
+    """Steps, tokens and seconds of training."""
+    steps = f"step {s.last['step']:,}"
+    if s.config is not None and abs((s.progress or 0.0) - s.last["step"] / s.config.train.steps) < 1e-3:
+        steps += f" of {s.config.train.steps:,}"  # else a budget of time ends it
+    return f"{steps}, {count(s.last.get('tokens'))} tokens, {duration(s.last.get('seconds'))} of training"
 
 
 def checkpoint(s: Status) -> str | None:

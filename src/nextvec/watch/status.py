@@ -16,7 +16,7 @@ from typing import Literal
 
 from nextvec.config import RunConfig, load_yaml, parse_any_run
 from nextvec.errors import ConfigError, DataError
-from nextvec.train.lock import LOCK as RUN_LOCK
+from nextvec.lock import RUN_LOCK
 from nextvec.train.anomalies import Anomaly, Detector
 from nextvec.train.metrics import METRICS, Row
 
