@@ -42,22 +42,22 @@ MODELS: dict[str, dict[str, Any]] = {
 KINDS: dict[str, dict[str, Any]] = {  # the other kinds of run, shorter
     "autoencoder": {"kind": "autoencoder", "steps": 3},
     "token_lm": {"kind": "token_lm", "steps": 3, "optim": {"name": "adamw"}},
-    "flow": {"kind": "calm", "head": {"kind": "flow", "blocks": 2}, "steps": 3},
+    "flow": {"kind": "calm", "model": {"head": {"kind": "flow", "blocks": 2}}, "steps": 3},
+    "latents read": {"kind": "calm", "model": {"input": "both"}, "steps": 3},
     "bf16": {"kind": "calm", "optim": {"name": "adamw"}, "precision": "bf16"},
 }
 
 
 def objective_of(
-    kind: str = "calm", head: dict[str, Any] | None = None, optim: dict[str, Any] | None = None, **train: Any
+    kind: str = "calm", model: dict[str, Any] | None = None, optim: dict[str, Any] | None = None, **train: Any
 ) -> Objective:
     """The training of a small model, the same in every process."""
     settings = {"steps": STEPS, "accumulate": ACCUMULATE, "log_every": 1, "precision": "fp32", "sharding": "full"}
-    model = MODELS[kind] | ({"head": head} if head else {})
     config = parse_run(
         {
             "kind": kind,
             "data": {"path": "x", "rows": 3, "context_tokens": 8},
-            "model": model,
+            "model": MODELS[kind] | (model or {}),
             "optim": {"warmup": 3, "schedule": "constant", **(optim or {})},
             "train": settings | train,
         },
