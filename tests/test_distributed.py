@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import distributed_runs as runs
+from nextvec.config import TrainSettings
 from nextvec.errors import ConfigError
 from nextvec.train.interrupt import Interrupt
 from nextvec.train.metrics import read_metrics
@@ -87,6 +88,11 @@ def test_a_batch_that_cannot_be_shared_is_one_sentence() -> None:
         "or data.rows to a multiple of 2",
     ):
         World(0, 4).part(2, 3)
+
+
+def test_blocks_are_compiled_or_split_not_both() -> None:
+    with pytest.raises(ConfigError, match="compile is for blocks that are whole in a process, and sharding is full"):
+        TrainSettings.parse({"compile": True, "sharding": "full"})
 
 
 def test_under_a_launcher_a_second_signal_changes_nothing() -> None:

@@ -245,6 +245,14 @@ class TrainSettings(Config):
     keep_every: Count = 0  # steps; checkpoints of these steps are kept as well; 0: none
     skip_limit: Count = 10  # steps in a row without a finite loss and gradient, skipped, before training stops
 
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.compile and self.sharding == "full":
+            raise ValueError(
+                "compile is for blocks that are whole in a process, and sharding is full: leave one of them out"
+            )
+        return self
+
 
 class ModelRun(Config):
     """What config.yaml says of every run directory: the model, and by its subclass how it came about."""
