@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nextvec.bakeoff.curve import RESAMPLES, BreakEven, Curve, break_even, curve_of
+from nextvec.bakeoff.curve import RESAMPLES, BreakEven, Curve, break_even, curve_of, points
 from nextvec.bakeoff.measure import Planned
 from nextvec.bakeoff.verdict import Duel, Matched, Quality, accuracy_gap, matched, quality, sentences
 from nextvec.evaluate.collision import Tally
@@ -140,14 +140,16 @@ def test_the_fastest_way_that_is_as_accurate_is_the_matched_one() -> None:
 # --- break-even
 
 
-def curve(intercept: float, slope: float, seconds: list[float], noise: float = 0.0, seed: int = 0) -> Curve:
+def curve(
+    intercept: float, slope: float, seconds: list[float], noise: float = 0.0, seed: int = 0, before: float = 0.0
+) -> Curve:
     """Brier-1..4 equal to (intercept + slope log t) / 100 in each of 20 documents of 10 positions, and noise of the documents."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.tensor(seconds, dtype=torch.float64)
     level_P = (intercept + slope * x.log()) / 100
     shift_C = noise * torch.randn(20, generator=generator, dtype=torch.float64)
     sums = 10 * (level_P[:, None] + shift_C)[None, :, :, None].expand(1, -1, -1, 4)
-    return Curve(x, sums, torch.full_like(sums, 10.0))
+    return Curve(before, x, sums, torch.full_like(sums, 10.0))
 
 
 TIMES = [100.0, 200.0, 300.0, 400.0, 500.0, 600.0]
@@ -161,52 +163,68 @@ def test_two_lines_meet_where_they_do() -> None:
     # 2 log t - 8 against log t - 1: at log t = 7
     found = meeting(curve(-8.0, 2.0, TIMES), curve(-1.0, 1.0, TIMES))
     assert (found.state, found.figure) == ("meets", "BrierLM")
-    assert found.seconds == pytest.approx(math.exp(7.0))
-    assert (found.low, found.high) == (pytest.approx(math.exp(7.0)), pytest.approx(math.exp(7.0)))
+    for seconds in (found.seconds, found.low, found.high):
+        assert seconds == pytest.approx(math.exp(7.0), rel=1e-3)
     assert found.beyond == 0.0
-    assert found.slopes == (pytest.approx(2 * math.log(2)), pytest.approx(math.log(2)))
+    assert found.slopes is not None
+    assert list(found.slopes) == pytest.approx([2 * math.log(2), math.log(2)])
     assert found.gap == pytest.approx(math.log(600) - 7.0)
 
 
+def test_the_seconds_of_an_autoencoder_shift_the_curve_and_do_not_bend_it() -> None:
+    # 2 log (t - 100) - 8 against log t - 1: (t - 100)^2 = t e^7
+    found = meeting(curve(-8.0, 2.0, [each - 100 for each in TIMES[1:]], before=100.0), curve(-1.0, 1.0, TIMES))
+    e7 = math.exp(7.0)
+    assert found.seconds == pytest.approx(100 + e7 / 2 + math.sqrt(e7 * e7 / 4 + 100 * e7), rel=1e-3)
+
+
 def test_no_break_even_is_told_where_the_lines_do_not_meet_within_reach() -> None:
-    assert meeting(curve(-8.0, 1.0, TIMES), curve(-1.0, 1.0, TIMES)).state == "none"  # parallel
-    assert meeting(curve(-8.0, 0.5, TIMES), curve(-1.0, 1.0, TIMES)).state == "none"  # apart
+    assert meeting(curve(-4.0, 1.0, TIMES), curve(-1.0, 1.0, TIMES)).state == "none"  # parallel
+    assert meeting(curve(-2.0, 0.5, TIMES), curve(-1.0, 1.0, TIMES)).state == "none"  # apart
     far = meeting(curve(-8.0, 1.9, TIMES), curve(-1.0, 1.4, TIMES))  # 0.5 log t = 7: exp(14) s
-    assert (far.state, far.seconds, far.beyond) == ("none", None, 1.0)
+    assert (far.state, far.seconds, far.low, far.beyond) == ("none", None, None, 1.0)
     assert meeting(curve(1.0, 1.0, TIMES), curve(0.0, 1.0, TIMES)).state == "ahead"
 
 
-def test_noise_of_documents_widens_the_interval_around_the_crossing() -> None:
-    calm, rival = curve(-8.0, 2.0, TIMES, 0.01, seed=1), curve(-1.0, 1.0, TIMES, 0.01, seed=2)
-    found = meeting(calm, rival)
-    assert found.state == "meets"
+def test_noise_of_documents_and_a_bend_widen_the_interval_around_the_crossing() -> None:
+    rival = curve(-1.0, 1.0, TIMES, 0.005, seed=2)
+    found, paired = (meeting(curve(-8.0, 2.0, TIMES, 0.005, seed=seed), rival) for seed in (1, 2))
+    assert found.state == paired.state == "meets"
     assert found.low is not None
     assert found.high is not None
-    assert found.low < found.seconds < found.high  # type: ignore[operator]
-    paired = meeting(curve(-8.0, 2.0, TIMES, 0.01, seed=1), curve(-1.0, 1.0, TIMES, 0.01, seed=1))
+    assert found.low < found.high
     assert paired.low is not None
     assert paired.high is not None
     assert paired.high - paired.low < 0.2 * (found.high - found.low)  # the same documents for both arms
+    bent = curve(-8.0, 2.0, TIMES)
+    sums = bent.sums.clone()
+    sums[:, -1] *= 0.97  # the last point falls short of the line
+    told = meeting(Curve(0.0, bent.seconds, sums, bent.counts), curve(-1.0, 1.0, TIMES))
+    assert told.low is not None
+    assert told.high is None or told.high > 1.02 * told.low
 
 
 def test_where_an_order_is_not_positive_brier_1_is_fitted_and_too_few_points_tell_nothing() -> None:
     calm = curve(-8.0, 2.0, TIMES)
     sums = calm.sums.clone()
     sums[..., 3] = -1.0
-    found = meeting(Curve(calm.seconds, sums, calm.counts), curve(-1.0, 1.0, TIMES))
+    found = meeting(Curve(0.0, calm.seconds, sums, calm.counts), curve(-1.0, 1.0, TIMES))
     assert (found.state, found.figure) == ("meets", "Brier-1")
     assert meeting(None, calm).state == "open"
     assert meeting(curve(-8.0, 2.0, [500.0, 600.0]), calm).state == "open"
+    assert meeting(curve(-12.0, 2.0, TIMES[:4]), calm).state == "open"  # the last score is not above 0
+    assert meeting(curve(-12.0, 2.0, TIMES), calm).state == "open"  # and here only two are
     assert RESAMPLES >= 1000
 
 
-def test_seconds_of_a_curve_hold_those_of_the_autoencoder() -> None:
+def test_a_curve_has_the_seconds_of_its_model_after_those_of_its_autoencoder() -> None:
     sums = {"document": [0, 1], "positions": [[3, 4]] * 4, "sums": [[0.3, 0.4]] * 4}
     held_out = [{"step": 10, "per_document": sums}, {"step": 20, "per_document": sums}]
     plan = Planned(steps=20, seconds=40.0, autoencoder_steps=5, autoencoder_seconds=20.0, tokens_per_step=128)
     found = curve_of([{"held_out": held_out}], [plan])
     assert found is not None
-    assert found.seconds.tolist() == [40.0, 60.0]
+    assert (found.before, found.seconds.tolist()) == (20.0, [20.0, 40.0])
+    assert points(found, "Brier-1") == ([40.0, 60.0], [pytest.approx(10.0)] * 2)
     assert found.sums.shape == (1, 2, 2, 4)
     assert curve_of([{"held_out": [{"step": 20}]}], [plan]) is None
 

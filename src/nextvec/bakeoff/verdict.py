@@ -171,7 +171,7 @@ def sentences(duel: Duel, minutes: float) -> list[str]:
     assert found.gap.value is not None
     gap = minus(f"{found.gap.value:+.2f}") + f" ± {found.gap.error or 0.0:.2f}"
     over = "over seeds" if found.gap.over == "seeds" else "over held-out documents; one seed says nothing about another"
-    scale = "" if found.figure == "BrierLM" else " x 100"
+    scale = "" if found.figure == "BrierLM" else " x 100, for BrierLM has no value or no error"
     words = {"ahead": "is ahead of", "tie": "ties with", "behind": "is behind"}[found.standing]
     lines.append(
         f"Quality: after {minutes:g} minutes of training each CALM {words} {rival}: {gap} {found.figure}{scale} "
@@ -230,11 +230,11 @@ def _cost(one: Matched, rival: str) -> str:
 
 def _meeting(found: BreakEven, standing: Standing, rival: str, minutes: float) -> str:
     if found.state == "open":
-        return "Break-even: the curves of training have too few points with a score to tell."
+        return "Break-even: the curves have too few points with a score above 0 to tell."
     scale = "" if found.figure == "BrierLM" else " x 100"
     assert found.slopes is not None
     slopes = " and ".join(minus(f"{slope:+.2f}") for slope in found.slopes)
-    trend = f"{found.figure}{scale} grows by {slopes} with each doubling of the time, CALM and {rival}"
+    trend = f"{found.figure}{scale} grows by {slopes} with each doubling of a model's time, CALM and {rival}"
     if standing == "ahead":
         later = found.slopes[0] < found.slopes[1]
         return f"Break-even: CALM is past it at this budget ({trend}{': the rival is catching up' if later else ''})."
