@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,22 @@ def test_the_tables_in_the_documents_are_those_of_the_results_beside_them(folder
     lines = [line for line in markdown(read_sweep_results(folder)).splitlines() if line.startswith("|")]
     assert lines
     assert not [line for line in lines if line not in text]
+
+
+def test_several_sweeps_share_a_page(tmp_path: Path) -> None:
+    """Each with its tables and pictures, under names that no other has: SVG refers to its parts by id."""
+    sweeps = [read_sweep_results(folder) for folder in RESULTS]
+    write_page(sweeps, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    sections = page.split("<section")[1:]
+    assert len(sections) == len(sweeps) > 1
+    for sweep, html in zip(sweeps, sections, strict=True):
+        assert f">{sweep.spec['name']}</h2>" in html
+        assert html.count("<table") >= len(sweep.stages())
+        assert html.count("<svg") >= len(sweep.stages())
+        assert all(f">{row.name}</th>" in html for row in sweep.rows if row.results)
 
 
 def test_report_reads_a_folder_and_names_what_it_expects(

@@ -253,8 +253,8 @@ def _ratio(found: Figure, base: Figure) -> str:
 
 
 def _pictures(sweep: Sweep, stage: str, name: str) -> str:
-    """BrierLM (or Brier-1) by row, and the held-out loss over steps and CPU seconds."""
-    html = []
+    """BrierLM (or Brier-1) by row; below, under their legend, the held-out loss over steps and CPU seconds side by side."""
+    html, panels = "", []
     if stage != "autoencoder":
         for what in ("BrierLM", "Brier-1"):
             drawn = [(row.name, found) for row in sweep.of(stage) if (found := score(row, what)).value is not None]
@@ -263,7 +263,7 @@ def _pictures(sweep: Sweep, stage: str, name: str) -> str:
                 alt = f"{label} by row: " + ", ".join(f"{label} {_number(found)}" for label, found in drawn)
                 values = [found.value for _, found in drawn if found.value is not None]
                 errors = [found.error for _, found in drawn]
-                html.append(figure(dots(f"{name}-{what}", [label for label, _ in drawn], values, errors, label, alt)))
+                html = pair(figure(dots(f"{name}-{what}", [label for label, _ in drawn], values, errors, label, alt)))
                 break
     curves = [row for row in sweep.of(stage) if any(len(result["held_out"]) > 2 for result in row.results.values())]
     looks = dict(zip([row.name for row in curves[: len(ROWS)]], ROWS, strict=False))
@@ -276,10 +276,9 @@ def _pictures(sweep: Sweep, stage: str, name: str) -> str:
                 series.append(
                     Series(row.name, [p[axis] for p in points], [p[key] for p in points], looks[row.name], kind="line")
                 )
-            html.append(figure(plot(f"{name}-{axis}", series, label, LOSS_NAMES[stage], settle=0.1)))
-        html.insert(0, legend([(looks[row.name], row.name) for row in curves[: len(ROWS)]], mark=False))
-        return html[0] + pair(*html[1:])
-    return pair(*html)
+            panels.append(figure(plot(f"{name}-{axis}", series, label, LOSS_NAMES[stage], settle=0.1)))
+        html += legend([(looks[row.name], row.name) for row in curves[: len(ROWS)]], mark=False) + pair(*panels)
+    return html
 
 
 def _results(sweep: Sweep) -> list[Any]:
