@@ -109,6 +109,7 @@ class Tab:
 
     def look(self, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """The size of the window and the reader's choice of colours."""
+        self.call("Emulation.setScrollbarsHidden", hidden=True)  # a photograph has none, and would be cut by its width
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)

@@ -113,6 +113,7 @@ class Pane {
     patch.node = node;
     this.patches.push(patch);
     this.list.append(node);
+    if (this.chosen === undefined) this.list.scrollTop = this.list.scrollHeight;
     const steps = this.patches.length;
     this.figures.rate.textContent = (this.tokens / this.seconds).toFixed(0);
     this.figures.steps.textContent = (steps / this.seconds).toFixed(0);
@@ -146,6 +147,8 @@ class Pane {
     this.chosen = index;
     const patch = this.patches[index];
     patch.node.setAttribute("aria-selected", "true");
+    const top = patch.node.offsetTop, bottom = top + patch.node.offsetHeight;
+    this.list.scrollTop = Math.max(bottom - this.list.clientHeight, Math.min(this.list.scrollTop, top));
     this.list.setAttribute("aria-activedescendant", patch.node.id);
     explain(this, patch, index);
   }
