@@ -100,7 +100,8 @@ class Tiles:
             return self.rows
         if not has_latents(self._model):
             return 1  # a head of tokens draws row by row
-        return min(self.rows, max(1, DRAWS // (1 if law.single else law.candidates)))
+        most = DRAWS // (1 if law.single else law.candidates)
+        return min(self.rows, 1 << max(1, most).bit_length() - 1)  # an odd number of rows would often fail the trial
 
     @torch.inference_mode()
     def _try_reading(self) -> Tensor | None:
