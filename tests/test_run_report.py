@@ -42,6 +42,8 @@ def started(out: Path, kind: str, count: int = 0) -> Path:
         common = {"step": 10 * n, "tokens": 4096 * n, "seconds": 2.0 * n, **dict.fromkeys(TERMS[kind], 3.0 / n)}
         more = {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 2048.0, "share": None, "memory_bytes": 2**28}
         rows.append({"kind": "train", "progress": n / 20, **common, **more})
+        if n > 10:
+            rows[-1].pop("auxiliary", None)  # as where recipe.auxiliary_until ends it
         if n % 5 == 0:
             scores = {"brier": [0.1, 0.05, 0.02, 0.01], "brier_lm": 3.0, "conditioning_gap": 0.5}
             rows.append({"kind": "eval", **common, **(scores if kind == "calm" else {})})

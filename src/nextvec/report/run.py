@@ -39,8 +39,7 @@ def render(status: Status) -> str:
     kind = "calm" if status.config is None else status.config.kind
     metrics = Metrics(status.train, status.eval)
     if not status.train:
-        first = ("curves", "Curves", absent("No curve yet: the run has not logged a step."))
-        sections = [first]
+        sections = [("curves", "Curves", absent("No curve yet: the run has not logged a step."))]
     else:
         sections = [("anomalies", "Anomalies", _anomalies(status)), ("terms", "Loss", _terms(metrics, kind))]
         if kind != "autoencoder" and metrics.curve("eval", "tokens", "brier", 0)[0]:
@@ -81,9 +80,13 @@ def _terms(metrics: Metrics, kind: str) -> str:
     if kind == "autoencoder":
         names, parts = ["collapsed"], [autoencoder.training(metrics)]
     else:
-        ordinary = shown(metrics.train[-1:])
-        names = [name for name in ordinary if is_term(name) and name not in (*TOGETHER, "grad_norm")]
-        parts = []
+        apart = {*TOGETHER, "grad_norm", "skipped"}
+        if "loss" not in shown(metrics.train[-1:]):  # a term stands for it
+            apart.add("loss")
+        every = dict.fromkeys(
+            name for row in metrics.train for name in row
+        )  # an auxiliary loss may end before training
+        names, parts = [name for name in every if is_term(name) and name not in apart], []
     for name in names:
         label = f"{name.replace('_', ' ')} ({UNITS[name]})" if name in UNITS else name.replace("_", " ")
         drawn = loss_pair(f"term-{name}", label, [(LOOKS[kind], name, metrics, name)])
