@@ -106,8 +106,8 @@ def running(
 def save_runs(folder: Path) -> Path:
     """Run directories of every kind, for servers in processes of their own."""
     for name, config in RUNS.items():
-        model = build_model(config, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-        save_run(folder / name, config, model, TOKENIZER)  # type: ignore[arg-type]
+        model = build_model(config, torch.Generator().manual_seed(1))
+        save_run(folder / name, config, model, TOKENIZER)
     return folder
 
 
