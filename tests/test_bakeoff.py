@@ -16,7 +16,8 @@ from nextvec.bakeoff.run import Outcome, run_bakeoff
 from nextvec.cli import main
 from nextvec.config import AutoencoderRun, CalmRun, RunConfig
 from nextvec.errors import ConfigError, DataError
-from nextvec.recipes import KINDS, arena, autoencoder_steps
+from nextvec.recipes import AUTOENCODER_LEAST as LEAST
+from nextvec.recipes import AUTOENCODER_MOST, AUTOENCODER_SHARE, KINDS, arena, autoencoder_steps
 from nextvec.report.bakeoff import markdown, write_page
 from nextvec.rundir import load_run
 from nextvec.sweep.plan import Vocabulary, flops_per_token, make_jobs, tokens_per_step
@@ -34,8 +35,8 @@ STUB = Vocabulary(300, 1)
 
 
 def rate(config: RunConfig) -> float:
-    """A machine on which a step of an autoencoder takes a tenth of any other."""
-    return 0.1 if isinstance(config, AutoencoderRun) else 1.0
+    """A machine on which an autoencoder takes 20 s at least, and a step of any other model one."""
+    return 20 / LEAST if isinstance(config, AutoencoderRun) else 1.0
 
 
 def write_texts(folder: Path, count: int, lines: int = 14) -> None:
@@ -85,7 +86,7 @@ def ignore(line: str) -> None:
 @pytest.mark.slow
 def test_each_arm_gets_equal_seconds_and_calm_pays_for_its_autoencoder(outcome: Outcome) -> None:
     calm, token, multi = (outcome.planned[arm] for arm in ("calm", "token", "multi-token"))
-    assert (calm.autoencoder_steps, calm.autoencoder_seconds) == (200, pytest.approx(20.0))
+    assert (calm.autoencoder_steps, calm.autoencoder_seconds) == (LEAST, pytest.approx(20.0))
     assert (calm.steps, token.steps, multi.steps) == (40, 60, 60)
     assert calm.seconds + calm.autoencoder_seconds == token.seconds == multi.seconds == 60.0
     assert multi.autoencoder_steps == 0
@@ -130,7 +131,7 @@ def test_speeds_are_those_of_all_arms_and_their_samplers(outcome: Outcome) -> No
 @pytest.mark.slow
 def test_the_verdict_is_told_in_markdown_and_on_a_page(outcome: Outcome, tmp_path: Path) -> None:
     text = markdown(outcome)
-    assert "Of CALM's 60 s its autoencoder has 20 s (200 steps) and the model 40 s (40 steps)" in text
+    assert f"Of CALM's 60 s its autoencoder has 20 s ({LEAST:,} steps) and the model 40 s (40 steps)" in text
     assert "| calm | 40 | 5.12k | 40 | 20 |" in text
     assert "| multi-token | 60 | 7.68k | 60 | none |" in text
     assert text.count("Break-even: ") + text.count("nothing is decided") == 2
@@ -198,9 +199,9 @@ def jobs_at(autoencoder_steps: int, **budget: Any) -> list[Any]:
 
 
 def test_a_budget_may_count_the_autoencoder_in_seconds_tokens_or_operations() -> None:
-    assert [job.run.train.steps for job in jobs_at(200, seconds=60)] == [60, 60, 60]
-    assert [job.run.train.steps for job in jobs_at(200, seconds=60, autoencoder=True)] == [40, 60, 60]
-    assert [job.run.train.eval_every for job in jobs_at(200, seconds=62, autoencoder=True)] == [11, 16, 16]
+    assert [job.run.train.steps for job in jobs_at(LEAST, seconds=60)] == [60, 60, 60]
+    assert [job.run.train.steps for job in jobs_at(LEAST, seconds=60, autoencoder=True)] == [40, 60, 60]
+    assert [job.run.train.eval_every for job in jobs_at(LEAST, seconds=62, autoencoder=True)] == [11, 16, 16]
     assert [job.run.train.steps for job in jobs_at(10, tokens=40 * 128, autoencoder=True)] == [30, 40, 40]
     calm, token, _ = jobs_at(10, flops=1e8, autoencoder=True)
     assert isinstance(calm.run, CalmRun)
@@ -215,17 +216,18 @@ def test_a_budget_may_count_the_autoencoder_in_seconds_tokens_or_operations() ->
 
 def test_a_budget_that_leaves_too_little_for_the_model_is_refused() -> None:
     with pytest.raises(ConfigError) as found:
-        jobs_at(400, seconds=60, autoencoder=True)
+        jobs_at(2 * LEAST, seconds=60, autoencoder=True)
     assert str(found.value) == (
-        "x, row calm: 400 steps of the autoencoder take 67% of a budget of 60 s, and at least 40% are for the model: give a "
-        "larger budget or fewer autoencoder.train.steps"
+        f"x, row calm: {2 * LEAST:,} steps of the autoencoder take 67% of a budget of 60 s, and at least 40% are for the model: "
+        "give a larger budget or fewer autoencoder.train.steps"
     )
 
 
 def test_the_autoencoder_has_a_share_within_what_is_known_to_serve() -> None:
-    assert [autoencoder_steps(600, seconds) for seconds in (0.01, 0.4, 10.0)] == [500, 300, 200]
-    for kind in KINDS:
-        assert arena(kind, 2048, 10.0)["data"]["context_tokens"] == 1024
+    between = (LEAST + AUTOENCODER_MOST) // 2
+    for steps, found in ((10 * AUTOENCODER_MOST, AUTOENCODER_MOST), (between, between), (1, LEAST)):
+        assert autoencoder_steps(600, AUTOENCODER_SHARE * 600 / steps) == found
+    assert all(arena(kind, 2048, 10.0)["data"]["context_tokens"] % 8 == 0 for kind in KINDS)
     with pytest.raises(ConfigError, match="unknown arm 'clam'; did you mean 'calm'"):
         arena("clam", 2048, 10.0)
 
@@ -269,7 +271,7 @@ def test_too_little_text_is_refused_before_any_training(tmp_path: Path, texts: i
 
 def test_a_budget_too_short_for_the_autoencoder_names_the_one_that_is_enough(work: Path, tmp_path: Path) -> None:
     sentence = (
-        r"0.5 minutes are too few on this machine: 200 steps of CALM's autoencoder take 20 s, and at least 40% are for the "
+        rf"0.5 minutes are too few on this machine: {LEAST} steps of CALM's autoencoder take 20 s, and at least 40% are for the "
         r"model; give --minutes 0.6 or more"
     )
     with pytest.raises(ConfigError, match=sentence):
