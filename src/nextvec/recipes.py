@@ -14,9 +14,9 @@ Kind = Literal["autoencoder", "calm", "token", "multi-token"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 AUTOENCODER_SHARE = 0.2  # of a budget in seconds
-# Optimiser steps of 4,096 tokens, the rate falling to 0 at the last. At V = 2048 500 give 99.96 % of held-out tokens, 200 only
-# 97.3 %; with many more than 500 the latents' standard deviation outgrows what decodes at twice the noise.
-AUTOENCODER_LEAST, AUTOENCODER_MOST = 500, 500
+# Optimiser steps of 4,096 tokens, the rate falling to 0 at the last. At V = 2048 400 give 99.92 % of held-out tokens and 500
+# 99.96 %, 200 only 97.3 %; with many more than 500 the latents' standard deviation outgrows what decodes at twice the noise.
+AUTOENCODER_LEAST, AUTOENCODER_MOST = 400, 500
 CONTEXT, ROWS = 1024, 4  # tokens of a training window, windows of a step
 WARMUP = 30  # steps
 
