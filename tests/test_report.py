@@ -223,6 +223,18 @@ def test_page_holds_every_part(finished: tuple[str, Page]) -> None:
     assert len(text) < 1_500_000
 
 
+@pytest.mark.parametrize(("head", "called"), [("flow", "Flow-matching loss"), ("diffusion", "Diffusion loss")])
+def test_the_loss_is_that_of_the_head(demo: Path, head: str, called: str) -> None:
+    log = demo / "calm" / "metrics.jsonl"
+    found = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in found:
+        row[head] = row.pop("energy")
+        del row["fidelity"], row["diversity"]
+    log.write_text("".join(json.dumps(row) + "\n" for row in found))
+    text, _ = build(demo)
+    assert f"<h3>{called} of CALM</h3>" in text and "Energy loss" not in text and "an energy score" not in text
+
+
 def test_file_stands_alone(finished: tuple[str, Page]) -> None:
     text, page = finished
     assert "http" not in text.replace("http-equiv", "")

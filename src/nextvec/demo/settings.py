@@ -64,8 +64,8 @@ def autoencoder_run(demo: Demo, data: str, vocabulary: Vocabulary) -> Autoencode
 
 
 def calm_run(demo: Demo, data: str, vocabulary: Vocabulary, autoencoder: AutoencoderConfig) -> CalmRun:
-    """Stage 2."""
-    settings = _settings(demo, "calm", data, STEPS)
+    """Stage 2; recipe `paper` is the energy loss alone."""
+    settings = _settings(demo, "energy" if demo.recipe == "paper" else "calm", data, STEPS)
     settings["recipe"] = {**settings.get("recipe", {}), "name": demo.recipe}
     found = complete_run(settings, vocabulary, autoencoder, "demo")
     assert isinstance(found, CalmRun)
@@ -83,7 +83,7 @@ def _settings(demo: Demo, kind: Kind, data: str, steps: int) -> dict[str, Any]:
     """The arena's, with the demo's text, steps, seed and rhythm."""
     settings = arena(kind, VOCABULARY, demo.minutes)
     own = {"steps": steps, "seed": demo.seed, "log_every": 20, "eval_every": 100}
-    kinds = {"autoencoder": "autoencoder", "calm": "calm", "token": "token_lm"}
+    kinds = {"autoencoder": "autoencoder", "calm": "calm", "energy": "calm", "token": "token_lm"}
     return {
         **settings,
         "kind": kinds[kind],

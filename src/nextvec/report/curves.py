@@ -53,37 +53,50 @@ def brier_curves(runs: Mapping[str, Metrics]) -> str:
     return "\n".join([*lines, key, paragraph(caption, "note"), _brier_lm_row(runs), first, more])
 
 
+LOSSES = {  # of the heads of latents, by the metric's name: what a picture calls it, its unit, what it is
+    "energy": ("energy loss", "latent units", "an energy score (a distance between its draws and the true latent)"),
+    "flow": (
+        "flow-matching loss",
+        "square latent units",
+        "the square error of a velocity that carries noise to the true latent",
+    ),
+    "diffusion": ("diffusion loss", "square units of noise", "the square error of the noise in a noisy true latent"),
+}
+
+
 def loss_curves(inputs: Inputs) -> str:
     """What each model minimises, over tokens and over seconds, and what tells that CALM uses its state."""
     calm, baseline = inputs.metrics["calm"], inputs.metrics["baseline"]
+    key = next((name for name in LOSSES if calm.curve("train", "tokens", name)[0]), "energy")
+    name, unit, meaning = LOSSES[key]
     parts = [
         paragraph(
-            "CALM minimises an energy score (a distance between its draws and the true latent, lower is better) and the "
-            "token Transformer a cross-entropy. The two have different units and cannot be compared with each other."
+            f"CALM minimises {meaning}, lower is better, and the token Transformer a cross-entropy. The two have different "
+            "units and cannot be compared with each other."
         )
     ]
     if not calm.train:
         parts.append(_missing("CALM", "logged"))
-    energy = loss_pair("energy-loss", "energy loss (latent units)", [("calm", "CALM", calm, "energy")])
-    if energy:
-        parts += ["<h3>Energy loss of CALM</h3>", legend([("calm", "training; marks: held out")]), energy]
+    own = loss_pair(f"{key}-loss", f"{name} ({unit})", [("calm", "CALM", calm, key)])
+    if own:
+        parts += [f"<h3>{name.capitalize()} of CALM</h3>", legend([("calm", "training; marks: held out")]), own]
     if not baseline.train:
         parts.append(_missing("the token Transformer", "logged"))
     drawn = [
         ("baseline", "token Transformer", baseline, "cross_entropy"),
         ("auxiliary", "CALM, auxiliary", calm, "auxiliary"),
     ]
-    key = [("baseline", "token Transformer; marks: held out")]
+    looks = [("baseline", "token Transformer; marks: held out")]
     has_auxiliary = bool(calm.curve("train", "tokens", "auxiliary")[0])
     if has_auxiliary:
-        key.append(("auxiliary", f"CALM's auxiliary, the next {inputs.summary.K} tokens at once"))
+        looks.append(("auxiliary", f"CALM's auxiliary, the next {inputs.summary.K} tokens at once"))
     entropy = loss_pair("cross-entropy", "cross-entropy (nats per token)", drawn)
     if entropy:
         note = (
             "The auxiliary predicts all tokens of the next patch from one state, a harder task than one token at a time; "
             "it serves in training only."
         )
-        parts += ["<h3>Cross-entropy</h3>", legend(key), entropy, paragraph(note, "note") if has_auxiliary else ""]
+        parts += ["<h3>Cross-entropy</h3>", legend(looks), entropy, paragraph(note, "note") if has_auxiliary else ""]
     parts.append(inside(calm))
     return "\n".join(parts)
 
