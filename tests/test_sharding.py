@@ -38,7 +38,7 @@ def launch(folder: Path, processes: int, part: str) -> str:
         text=True,
         check=False,
         env=environment,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
