@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+import requests
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -76,6 +77,11 @@ def test_a_completion_is_the_text_of_the_command_line(server: Running, client: o
         model=model, prompt=ids, temperature=0.5, max_tokens=25, seed=3, extra_body={"candidates": 8}
     )
     assert of_ids.choices[0].text == answer.choices[0].text
+    # to JSON Schema 25.0 is an integer
+    floats = {"prompt": [[float(one) for one in ids]], "max_tokens": 25.0, "seed": 3.0, "candidates": 8.0}
+    body = {"model": model, "temperature": 0.5, **floats}
+    of_floats = requests.post(f"{server.url}/v1/completions", json=body).json()
+    assert of_floats["choices"][0]["text"] == answer.choices[0].text
 
 
 @pytest.mark.parametrize("model", ["calm", "baseline"])

@@ -28,6 +28,7 @@ CHECKS = [
     negative_data_rejection,
     unsupported_method,
 ]
+CAN = ("prompt", "max_tokens", "seed", "user", "echo", "candidates")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,7 @@ def test_every_operation_keeps_to_its_description(server: Running) -> None:
             def check(case: schemathesis.Case, statuses: set[int] = statuses) -> None:
                 if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
                     case.body["max_tokens"] = min(case.body["max_tokens"], 20)  # texts need not be long here
-                if isinstance(case.body, dict) and "model" in case.body and len(str(case.body["model"])) % 2:
-                    case.body["model"] = "calm"  # or nothing would get past the model's name
+                simplify(case)
                 answer = case.call(base_url=server.url, session=session, timeout=30)
                 statuses.add(answer.status_code)
                 case.validate_response(answer, checks=CHECKS)
@@ -78,6 +78,16 @@ def test_every_operation_keeps_to_its_description(server: Running) -> None:
     assert {200, 400} <= seen["POST /v1/completions"], seen
     assert {200, 400} <= seen["POST /nextvec/patches"], seen
     server.wait_idle()
+
+
+def simplify(case: schemathesis.Case) -> None:
+    """Name a model that is there, and in some bodies leave only what it can do: no text would be drawn otherwise."""
+    if not isinstance(case.body, dict) or "model" not in case.body:
+        return
+    if len(str(case.body)) % 2:
+        case.body["model"] = "calm"
+    elif case.meta.generation.mode is GenerationMode.POSITIVE and len(str(case.body)) % 4:
+        case.body = {name: value for name, value in case.body.items() if name in CAN} | {"model": "calm"}
 
 
 def run(strategy: object, check: object, fuzz: settings) -> None:

@@ -75,7 +75,8 @@ def losses(run: Path) -> list[float]:
 def assert_close(one: Path, many: Path, most: float = 1e-3, mean: float = 2e-4) -> None:
     """The losses of every step, and held-out figures where both have them, within rounding.
 
-    Muon rounds a gradient to bf16: about once in twenty of these steps one of its numbers falls the other way.
+    Muon rounds a gradient to bf16: about once in twenty of these steps one of its numbers falls the other way. Under bf16 all
+    do: the gradient of each process's part of the batch is rounded before they are summed.
     """
     drift = [abs(a - b) / abs(a) for a, b in zip(losses(one), losses(many), strict=True)]
     assert drift
@@ -106,8 +107,9 @@ def test_two_processes_train_as_one(two: tuple[Path, str], one: Path) -> None:
 @pytest.mark.parametrize("name", list(runs.KINDS))
 def test_every_kind_of_run_can_be_sharded(two: tuple[Path, str], tmp_path: Path, name: str) -> None:
     runs.run(tmp_path / "one", runs.objective_of(**runs.KINDS[name]))
-    tight = (2e-6, 5e-7) if "optim" in runs.KINDS[name] else ()  # AdamW
-    assert_close(tmp_path / "one", two[0] / name, *tight)
+    settings = runs.KINDS[name]
+    exact = settings.get("optim") == {"name": "adamw"} and "precision" not in settings
+    assert_close(tmp_path / "one", two[0] / name, *(2e-6, 5e-7) if exact else ())
 
 
 def test_each_process_holds_its_share_only(two: tuple[Path, str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nextvec.sampling.settings import Method, Sampling
 from nextvec.serve.errors import ApiError
@@ -37,9 +37,21 @@ NOTHING: dict[str, tuple[tuple[Any, ...], str]] = {  # values that ask for nothi
 
 
 class Asked(BaseModel):
-    """No unknown field, and no value of another JSON type than the field's."""
+    """No unknown field, and no value of another JSON type than the field's; 16.0 is an integer, as JSON Schema says."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, body: Any) -> Any:
+        return {name: _whole(value) for name, value in body.items()} if isinstance(body, dict) else body
+
+
+def _whole(value: Any, depth: int = 2) -> Any:
+    """Whole floats as integers, in lists of lists too: prompts of token ids. Those beyond 64 bits stay, to be refused."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    return [_whole(one, depth - 1) for one in value] if isinstance(value, list) and depth else value
 
 
 class StreamOptions(Asked):

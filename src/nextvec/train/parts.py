@@ -4,7 +4,7 @@
                                                    where they begin; the first one has `metrics/<name>` and counters as well
     state.json                                     as checkpoint.py, format 2
 
-The library's format of safetensors is used: nothing is pickled. A checkpoint gets its name only when every process has
+The library's format of safetensors is used, nothing pickled. A checkpoint gets its name only when every process has
 written, fsynced and summed its file; if one fails, none keeps it, and all say the same.
 """
 
