@@ -238,11 +238,15 @@ def test_report_reads_a_folder_and_names_what_it_expects(
     sweep = read_sweep_results(tmp_path)
     assert (sweep.missing, list(sweep.rows[0].results)) == (1, [0])
     monkeypatch.setattr(sys, "argv", ["nextvec", "report", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
-    assert "| a | 4.00" in capsys.readouterr().out
-    assert (tmp_path / "report.html").is_file()
+    for page in ("report.html", "rows.html"):
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        assert "| a | 4.00" in capsys.readouterr().out
+        assert (tmp_path / page).is_file()
+        (tmp_path / "report.html").write_text("of a bake-off")
+        (tmp_path / "verdict.json").write_text("{}")
+    assert (tmp_path / "report.html").read_text() == "of a bake-off"
     (folder / "result.json").write_text('{"stage": "lm"}')
     with pytest.raises(
         DataError, match=r"result.json is damaged: it has no failed; move it away, and `nextvec sweep` makes"

@@ -18,7 +18,7 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Page to write. Default: report.html in DIR; of several, in this folder."),
+        typer.Option(metavar="FILE", help="Page to write. Default: report.html in DIR (a bake-off's: rows.html)."),
     ] = None,
 ) -> None:
     """A page that stands alone: curves and anomalies of a run, also while it trains, or tables and pictures of sweeps.
@@ -31,7 +31,9 @@ def report(
     from nextvec.files import check_target
 
     check_target(out)
-    path = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    # report.html of a bake-off is its own page, with the verdict
+    name = "rows.html" if (folders[0] / "verdict.json").exists() else "report.html"
+    path = out or (folders[0] / name if len(folders) == 1 else Path("report.html"))
     runs = [folder for folder in folders if (folder / "config.yaml").is_file()]
     if runs and len(folders) > 1:
         raise ConfigError(f"{runs[0]} is a training run: a report is of one run, or of sweeps")
