@@ -144,9 +144,33 @@ def test_a_budget_becomes_steps() -> None:
         steps(tokens=100)
 
 
+def test_a_row_may_have_a_budget_of_its_own() -> None:
+    grid = {
+        "D": {"short": {"budget.tokens": 4 * 128}, "long": {"budget.tokens": "8e3"}},
+        "stage": ["lm", "baseline"],
+    }
+    spec = spec_of(rows=[{"lm.energy.draws": 2}, {"budget.flops": 1e9}], grid=grid, seeds=[0])
+    jobs = make_jobs(spec, one_second, STUB)
+    assert [job.row.name for job in jobs] == ["draws=2", "flops=1e+09", "short", "short", "long", "long"]
+    assert [job.run.train.steps for job in jobs[::2]] == [12, 4, 62]
+    assert jobs[1].run.train.steps == round(1e9 / 128 / flops_per_token(jobs[1].run))
+    assert all("budget" not in key for job in jobs for key in job.row.changes)
+    counted = spec_of(rows=[{"budget.tokens": 20 * 128}], budget={"tokens": 1, "autoencoder": True})
+    assert make_jobs(counted, one_second, STUB)[0].run.train.steps == 14  # 20 less its autoencoder's 6
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"rows": [{"budget.token": 5}]}, "row token=5: budget: unknown key 'token'; did you mean 'tokens'?"),
+        (
+            {"rows": [{"budget.tokens": 5, "budget.flops": 5}]},
+            "row tokens=5, flops=5: budget: give exactly one of tokens, flops, seconds; got tokens, flops",
+        ),
+        (
+            {"rows": [{"budget.autoencoder": True}]},
+            "budget.autoencoder is for the whole sweep: put it into `budget`",
+        ),
         ({"grd": {}}, "test.yaml: unknown key 'grd'; did you mean 'grid'?"),
         ({"budget": {"token": 5}}, "test.yaml: budget: unknown key 'token'; did you mean 'tokens'?"),
         (
@@ -209,12 +233,13 @@ def test_every_shipped_spec_holds(name: str) -> None:
     jobs = make_jobs(spec, one_second, vocabulary)
     assert spec.about
     assert len({digest(job.identity) for job in jobs}) == len(jobs) == len(spec.points()) * len(spec.seeds)
-    assert spec.budget is not None
     for job in jobs:
-        if spec.budget.seconds is not None:
-            assert job.run.train.steps == spec.budget.seconds  # a second a step, as this test says
+        budget = spec.budget_of(job.row)
+        assert budget is not None
+        if budget.seconds is not None:
+            assert job.run.train.steps == budget.seconds  # a second a step, as this test says
         else:
-            assert job.run.train.steps * tokens_per_step(job.run) == pytest.approx(spec.budget.tokens, rel=0.01)
+            assert job.run.train.steps * tokens_per_step(job.run) == pytest.approx(budget.tokens, rel=0.01)
 
 
 def test_the_shipped_sets_cover_the_paper() -> None:
@@ -222,7 +247,7 @@ def test_the_shipped_sets_cover_the_paper() -> None:
         named(["small"])
     )
     assert {"draws", "teacher", "alpha", "head", "head-depth", "input", "optimisers"} <= set(named(["small"]))
-    assert {f"paper-{name}" for name in named(["small"]) if name not in ("optimisers", "recipe")} == set(
+    assert {f"paper-{name}" for name in named(["small"]) if name not in ("law", "optimisers", "recipe")} == set(
         named(["paper"])
     )
     with pytest.raises(ConfigError, match="unknown spec 'drawz'; did you mean 'draws'"):

@@ -161,7 +161,7 @@ def _plain(run: RunConfig) -> dict[str, Any]:
 
 def _steps(spec: SweepSpec, row: Row, run: RunConfig, encoder: AutoencoderRun | None, rate: Rate) -> int:
     """Optimiser steps of the row's stage at the budget, less what its autoencoder takes where that counts."""
-    budget = spec.budget
+    budget = spec.budget_of(row)
     if budget is None:
         return run.train.steps
     where = f"{spec.name}, row {row.name}"

@@ -205,7 +205,7 @@ class _Sitting:
 
     def _record(self, job: Job, folder: Path, load: float | None) -> dict[str, Any]:
         """What tables and readers need of a row beside its scores."""
-        found = None
+        found, budget = None, self.spec.budget_of(job.row)
         if job.autoencoder is not None and (path := self.out / job.autoencoder_folder / RECONSTRUCTION).is_file():
             found = _short(read_json(path, "autoencoder's figures"))
         return {
@@ -216,7 +216,7 @@ class _Sitting:
             "stage": job.row.stage,
             "seed": job.seed,
             "changes": dict(job.row.changes),
-            "budget": None if self.spec.budget is None else self.spec.budget.model_dump(exclude_none=True),
+            "budget": None if budget is None else budget.model_dump(exclude_none=True),
             "steps": job.run.train.steps,
             **_training(folder),
             "flops_per_token": flops_per_token(job.run),

@@ -1,7 +1,8 @@
 """SPEC.yaml: what a sweep varies, over which seeds, on what data, at which budget; and the shipped specs by name.
 
 A row is a set of overrides of stages, dotted as `nextvec train` takes them with the stage in front: `lm.energy.draws`,
-`autoencoder.model.latent`, `baseline.optim.lr`; `stage.` stands for the stage that the row trains last.
+`autoencoder.model.latent`, `baseline.optim.lr`; `stage.` stands for the stage that the row trains last. `budget.tokens`
+(or flops, seconds) among them is the row's own budget.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Row:
     name: str
     stage: Stage  # trained last, at the budget, and scored
     changes: Mapping[str, Any]  # dotted, the stage first
+    budget: BudgetSpec | None = None  # its own; None: that of the spec
 
     @property
     def folder(self) -> str:
@@ -148,6 +150,12 @@ class SweepSpec(Config):
                 raise ValueError(f"two rows are called {row.name!r}; give them names of their own with `name`")
             seen[key] = row
         return found
+
+    def budget_of(self, row: Row) -> BudgetSpec | None:
+        """What a row may spend: its own amount, by the spec's rule on the autoencoder, or all of the spec's."""
+        if row.budget is None:
+            return self.budget
+        return row.budget.override(autoencoder=self.budget is not None and self.budget.autoencoder)
 
     def settings(self, row: Row, stage: str, seed: int) -> dict[str, Any]:
         """Nested settings of one stage of a row, as a file for `nextvec train` holds them."""
@@ -235,11 +243,8 @@ def _numbers(value: Any) -> Any:
 def _listed_row(given: dict[str, Any], stage: Stage) -> Row:
     stage = _stage(given.pop("stage", stage))
     name = given.pop("name", None)
-    return Row(
-        str(name or ", ".join(_label(key, value) for key, value in given.items()) or "base"),
-        stage,
-        _changes(given, stage),
-    )
+    name = str(name or ", ".join(_label(key, value) for key, value in given.items()) or "base")
+    return _row(name, stage, given)
 
 
 def _grid_rows(grid: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
@@ -256,7 +261,17 @@ def _grid_rows(grid: Mapping[str, Any], stage: Stage) -> Iterator[Row]:
     for combination in itertools.product(*axes):
         given = {key: value for _, point in combination for key, value in point.items()}
         own = _stage(given.pop("stage", stage))
-        yield Row(", ".join(label for label, _ in combination if label), own, _changes(given, own))
+        yield _row(", ".join(label for label, _ in combination if label), own, given)
+
+
+def _row(name: str, stage: Stage, given: Mapping[str, Any]) -> Row:
+    """A row of its overrides, its budget taken out of them. Raises ValueError, ConfigError for a budget that is none."""
+    amounts = {key.partition(".")[2]: value for key, value in given.items() if key.partition(".")[0] == "budget"}
+    if "autoencoder" in amounts:
+        raise ValueError("budget.autoencoder is for the whole sweep: put it into `budget`")
+    changes = {key: value for key, value in given.items() if key.partition(".")[0] != "budget"}
+    budget = BudgetSpec.parse(amounts, f"row {name}: budget") if amounts else None
+    return Row(name, stage, _changes(changes, stage), budget)
 
 
 def _stage(value: Any) -> Stage:
