@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nextvec.model.packed import can_pack, has_bf16_products, has_integer_products, integer_product, pack, packed_linear
 
-CHUNK_ELEMENTS = 1 << 21  # bounds in memory at once: 4 MiB in bf16, which a processor's cache holds
+CHUNK_ELEMENTS = 1 << 22  # bounds in memory at once: 8 MiB in bf16, which a processor's cache holds
 WORTH = {torch.bfloat16: 1 << 18, torch.float32: 1 << 20}  # elements of a matrix from which bounds pay, by its dtype
 CLASS = 64  # tokens of a class: the largest bound of each is looked at, and single ones only in classes that matter
 MOST = 127  # of an 8-bit integer
