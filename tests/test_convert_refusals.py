@@ -22,6 +22,7 @@ from nextvec.config import (
     CalmConfig,
     CalmRun,
     DataSettings,
+    FlowHeadConfig,
 )
 from nextvec.errors import ConfigError, DataError
 from nextvec.reference.convert import convert, convert_back
@@ -121,7 +122,12 @@ def test_a_config_of_another_head_than_the_file_holds(tmp_path: Path, said: str,
 
 
 @pytest.mark.parametrize(
-    ("own", "what"), [({"head": AutoregressiveHeadConfig()}, "autoregressive head"), ({"input": "both"}, "input both")]
+    ("own", "what"),
+    [
+        ({"head": AutoregressiveHeadConfig()}, "the autoregressive head"),
+        ({"head": FlowHeadConfig(predicts="latent")}, "a flow head that predicts the latent"),
+        ({"input": "both"}, "the input both"),
+    ],
 )
 def test_what_was_never_published_has_no_published_format(tmp_path: Path, own: dict[str, Any], what: str) -> None:
     model = CalmConfig(
@@ -131,7 +137,7 @@ def test_what_was_never_published_has_no_published_format(tmp_path: Path, own: d
     )
     config = CalmRun(data=DataSettings(path="shards"), model=model)
     save_run(tmp_path / "run", config, build_model(config, torch.Generator().manual_seed(0)), byte_tokenizer())
-    with pytest.raises(ConfigError, match=f"has the {what}, which the published format does not know"):
+    with pytest.raises(ConfigError, match=f"has {what}, which the published format does not know"):
         convert_back(tmp_path / "run", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

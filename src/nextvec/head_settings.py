@@ -22,6 +22,7 @@ class FlowHeadConfig(Config):
     """Flow-matching head: a velocity field, integrated from noise to a latent (docs/method.md)."""
 
     kind: Literal["flow"] = "flow"
+    predicts: Literal["velocity", "latent"] = "velocity"  # latent: learns faster here (docs/recipe.md) [D]; velocity: [C]
     blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
     teacher_draws: Positive = 8  # per position in training, each with a time and a noise of its own [C]
     solver: str = "midpoint"  # of SOLVERS["flow"] [C]
@@ -34,8 +35,10 @@ class FlowHeadConfig(Config):
 
     @property
     def evaluations(self) -> int:
-        """Network passes per draw."""
-        return self.steps if self.solver == "euler" else 2 * self.steps
+        """Network passes per draw; the last step of heun is one of euler where the network predicts the latent."""
+        if self.solver == "euler":
+            return self.steps
+        return 2 * self.steps - (self.solver == "heun" and self.predicts == "latent")
 
 
 class DiffusionHeadConfig(Config):

@@ -108,6 +108,8 @@ def convert_back(run: str | Path, destination: Path) -> ModelRun:
         raise ConfigError(f"{run} is a token_lm; the published format is for an autoencoder and CALM")
     if isinstance(config.model, CalmConfig) and config.model.head.kind not in LANGUAGE_MODELS.values():
         raise ConfigError(f"{run} has the {config.model.head.kind} head, which the published format does not know")
+    if isinstance(config.model, CalmConfig) and getattr(config.model.head, "predicts", "velocity") == "latent":
+        raise ConfigError(f"{run} has a flow head that predicts the latent, which the published format does not know")
     if isinstance(config.model, CalmConfig) and config.model.reads_latents:
         raise ConfigError(f"{run} has the input {config.model.input}, which the published format does not know")
     inner = config.model.autoencoder if isinstance(config.model, CalmConfig) else config.model

@@ -58,7 +58,7 @@ LOSSES = {  # of the heads of latents, by the metric's name: what a picture call
     "flow": (
         "flow-matching loss",
         "square latent units",
-        "the square error of a velocity that carries noise to the true latent",
+        "the square error of what its head predicts on the way from noise to the true latent",
     ),
     "diffusion": ("diffusion loss", "square units of noise", "the square error of the noise in a noisy true latent"),
 }

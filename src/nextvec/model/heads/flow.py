@@ -18,7 +18,11 @@ from nextvec.model.posterior import Posterior
 
 
 class FlowHead(nn.Module):
-    """At time t in [0, 1] a latent lies at (1 - t) x0 + t z, x0 standard normal noise and z a draw of the teacher."""
+    """At time t in [0, 1] a latent lies at x = (1 - t) x0 + t z, x0 standard normal noise and z a draw of the teacher.
+
+    The network predicts z - x0, the velocity, or with `predicts="latent"` z itself, and the velocity is (z - x) / (1 - t): the
+    same square error with the weight (1 - t)^2, so that learning goes to early times, at which the tokens are decided.
+    """
 
     latents: ClassVar[bool] = True
     objective: ClassVar[str] = "flow"
@@ -29,17 +33,27 @@ class FlowHead(nn.Module):
         self.net = AdaLNNet(width, latent, latent, config.blocks)
 
     def velocity(self, x_SNL: Tensor, time_SN: Tensor, condition_ND: Tensor) -> Tensor:
-        """Velocity (..., L) at (..., L); time (...) in [0, 1], which the network sees as floor(1000 t)."""
+        """Velocity (..., L) at (..., L); time (...) in [0, 1], which the network sees as floor(1000 t).
+
+        Below 1 where the network predicts the latent.
+        """
+        found_SNL = self._predict(x_SNL, time_SN, condition_ND)
+        if self.config.predicts == "velocity":
+            return found_SNL
+        return (found_SNL - x_SNL) / (1.0 - time_SN[..., None])
+
+    def _predict(self, x_SNL: Tensor, time_SN: Tensor, condition_ND: Tensor) -> Tensor:
         return self.net(x_SNL, (time_SN * TIMES).long(), condition_ND).to(wide(self.net.dtype))
 
     def loss(self, state_ND: Tensor, target: Posterior, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
-        """Mean square error of the velocity towards z - x0, over teacher draws z, times and noise."""
+        """Mean square error of what the network predicts, over teacher draws z, times and noise."""
         z_SNL = target.samples(self.config.teacher_draws, generator)
         start_SNL = torch.randn(z_SNL.shape, generator=generator, device=z_SNL.device, dtype=z_SNL.dtype)
         time_SN = torch.rand(z_SNL.shape[:-1], generator=generator, device=z_SNL.device)
         at_SNL = start_SNL + time_SN[..., None] * (z_SNL - start_SNL)
-        found_SNL = self.velocity(at_SNL, time_SN, self.net.condition(state_ND))
-        loss = (found_SNL - (z_SNL - start_SNL)).square().mean()
+        found_SNL = self._predict(at_SNL, time_SN, self.net.condition(state_ND))
+        true_SNL = z_SNL - start_SNL if self.config.predicts == "velocity" else z_SNL
+        loss = (found_SNL - true_SNL).square().mean()
         return loss, {"flow": loss.detach()}
 
     @torch.no_grad()
@@ -55,24 +69,27 @@ class FlowHead(nn.Module):
         def velocity(x_SNL: Tensor, time: float) -> Tensor:
             return self.velocity(x_SNL, torch.tensor(time, device=x_SNL.device), condition_ND)
 
-        return integrate(velocity, start_SNL, self.config.solver, self.config.steps)
+        return integrate(velocity, start_SNL, self.config.solver, self.config.steps, self.config.predicts == "velocity")
 
     def compile_regions(self) -> list[nn.Module]:
         return self.net.compile_regions()
 
 
-def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, solver: str, steps: int) -> Tensor:
+def integrate(
+    velocity: Callable[[Tensor, float], Tensor], x: Tensor, solver: str, steps: int, at_end: bool = True
+) -> Tensor:
     """x at time 1 of dx/dt = velocity(x, t) from x at time 0, in equal steps.
 
     `euler`: one evaluation a step, error of order 1 in the step. `midpoint` (the authors'): the velocity half a step
-    ahead; `heun`: the mean of the velocities at both ends; two evaluations a step, order 2.
+    ahead; `heun`: the mean of the velocities at both ends; two evaluations a step, order 2. Where there is no velocity
+    at time 1 (`at_end` False) the last step of heun is one of euler.
     """
     assert solver in ("euler", "midpoint", "heun")
     size = 1.0 / steps
     for step in range(steps):
         time = step / steps
         first = velocity(x, time)
-        if solver == "euler":
+        if solver == "euler" or (solver == "heun" and step == steps - 1 and not at_end):
             x = x + size * first
         elif solver == "midpoint":
             x = x + size * velocity(x + 0.5 * size * first, time + 0.5 * size)
