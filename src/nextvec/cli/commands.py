@@ -11,6 +11,7 @@ from nextvec.cli import env as env
 from nextvec.cli import evaluate as evaluate
 from nextvec.cli import flops as flops
 from nextvec.cli import generate as generate
+from nextvec.cli import plan as plan
 from nextvec.cli import report as report
 from nextvec.cli import serve as serve
 from nextvec.cli import show as show
