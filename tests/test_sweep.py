@@ -329,7 +329,7 @@ def test_a_row_that_diverges_is_a_result_and_the_others_go_on(work: Path, tmp_pa
     rows = [
         {"name": "wild", "baseline.optim.name": "adamw", "baseline.optim.lr": 1e30},
         {"name": "no latent", "stage": "lm", "autoencoder.optim.name": "adamw", "autoencoder.optim.lr": 1e30},
-        {"name": "tame"},
+        {"name": "tame", "budget.tokens": 5 * 128},
     ]
     spec = spec_of(data=data, rows=rows, stage="baseline", seeds=[0])
     assert run_sweep(spec, tmp_path / "out", device="cpu", say=ignore, show=False) == Progress(3, 0, 0)
@@ -340,6 +340,7 @@ def test_a_row_that_diverges_is_a_result_and_the_others_go_on(work: Path, tmp_pa
         assert results[name]["failed"].startswith("training ")
         assert results[name]["brier"] is None
     assert results["tame"]["failed"] is None
+    assert (results["tame"]["steps"], results["tame"]["budget"]) == (5, {"tokens": 640.0, "autoencoder": False})
     text = markdown(read_sweep_results(tmp_path / "out"))
     assert "wild failed: training stopped at step" in text
     assert "| no latent | failed |" in text
