@@ -22,7 +22,7 @@ class FlowHeadConfig(Config):
     """Flow-matching head: a velocity field, integrated from noise to a latent (docs/method.md)."""
 
     kind: Literal["flow"] = "flow"
-    predicts: Literal["velocity", "latent"] = "velocity"  # latent: learns faster here (docs/recipe.md) [D]; velocity: [C]
+    predicts: Literal["velocity", "latent"] = "velocity"  # velocity [C]; latent [D, docs/recipe.md]
     blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
     teacher_draws: Positive = 8  # per position in training, each with a time and a noise of its own [C]
     solver: str = "midpoint"  # of SOLVERS["flow"] [C]
