@@ -258,7 +258,7 @@ def test_a_new_kind_leaves_the_settings_of_the_old_head_behind(
     """`model.head.kind=flow` over a file with an energy head: its `noise` goes, its `blocks` stay."""
     assert train(monkeypatch, work, "energy", tmp_path / "run", "model.head.kind=flow", "train.steps=1") == 0
     assert load_run(tmp_path / "run").config.model.head.model_dump() == {
-        "kind": "flow", "blocks": 1, "teacher_draws": 8, "solver": "midpoint", "steps": 10,
+        "kind": "flow", "predicts": "velocity", "blocks": 1, "teacher_draws": 8, "solver": "midpoint", "steps": 10,
     }  # fmt: skip
     words = ["train", "lm", "--config", work / "energy.yaml", "--data", work / "shards", "--autoencoder", work / "ae"]
     told = refused(monkeypatch, capsys, *words, "--out", tmp_path / "x", "model.head.kind=flow", "energy.draws=4")
