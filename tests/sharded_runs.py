@@ -25,7 +25,7 @@ from nextvec.text.tokenizer import byte_tokenizer
 from nextvec.train import parts
 from nextvec.train.data import Data
 from nextvec.train.loop import TrainResult, train
-from nextvec.train.muon import ShardedMuon
+from nextvec.train.muon import Muon, ShardedMuon
 from nextvec.train.objectives import Objective, build_objective
 from nextvec.train.world import open_world, rank
 from test_train_loop import Source
@@ -120,7 +120,7 @@ def muon_is_exact() -> None:
     whole = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     split = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
     settings = {"lr": 0.03, "weight_decay": 0.2, "momentum": 0.9}
-    reference, sharded = torch.optim.Muon(whole, **settings), ShardedMuon(split, **settings)
+    reference, sharded = Muon(whole, **settings), ShardedMuon(split, **settings)
     for step in range(6):
         for number, (a, b) in enumerate(zip(whole, split, strict=True)):
             absent = (step, number) == (2, 3)

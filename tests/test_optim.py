@@ -9,6 +9,8 @@ from torch import nn
 from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, OptimSettings
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
+from nextvec.train import muon as muon_module
+from nextvec.train.muon import Muon
 from nextvec.train.optim import make_optimizer, parameter_groups, rate_factor
 
 
@@ -45,7 +47,8 @@ def test_muon_takes_hidden_matrices_and_adamw_lookups_readouts_and_vectors() -> 
     assert set(rest[0]["param_names"]) == {"embedding.weight", "to_latent.weight", "from_latent.weight"}
 
 
-def test_muon_with_adamw_equals_the_two_apart_and_survives_a_round_trip() -> None:
+def test_muon_with_adamw_equals_the_two_apart_and_survives_a_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon_module, "iteration_dtype", lambda device: torch.bfloat16)  # torch's own
     settings = OptimSettings(name="muon", lr=0.05, matrix_lr=0.03, weight_decay=0.2)
     generator = torch.Generator().manual_seed(0)
     module, twin = nn.Linear(6, 4), nn.Linear(6, 4)
@@ -67,6 +70,31 @@ def test_muon_with_adamw_equals_the_two_apart_and_survives_a_round_trip() -> Non
         adamw.step()
     assert torch.equal(module.weight, twin.weight)
     assert torch.equal(module.bias, twin.bias)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_without_bf16_products_is_muon_with_less_rounding(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    """float32 where the device has no bf16: singular values in the iteration's range, torch's update within its rounding."""
+    monkeypatch.setattr(muon_module, "has_bf16", lambda device: False)
+    muon_module.iteration_dtype.cache_clear()
+    ours, torchs = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    settings = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.95, "nesterov": False}
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    optimizers = Muon([ours], **settings), torch.optim.Muon([torchs], **settings)
+    for optimizer, parameter in zip(optimizers, (ours, torchs), strict=True):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    muon_module.iteration_dtype.cache_clear()
+    state = optimizers[0].state[ours]["momentum_buffer"]
+    torch.testing.assert_close(state, 0.05 * gradient)  # the iteration left it alone
+    size = max(1.0, shape[0] / shape[1]) ** 0.5  # by which torch scales the update of a tall matrix
+    values = torch.linalg.svdvals(ours.detach()) / size
+    assert 0.5 < values.min() < values.max() < 1.3
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, torchs, rtol=0.0, atol=0.03)
+    assert not torch.equal(ours, torchs)
 
 
 def test_adamw_equals_plain_loops() -> None:

@@ -1,7 +1,11 @@
-"""Muon over sharded matrices: each is put together on one process for its Newton-Schulz iteration, and dealt out again."""
+"""Muon in the precision that the device multiplies fast, over whole matrices and over sharded ones.
+
+A sharded matrix is put together on one process for its Newton-Schulz iteration, and dealt out again.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -9,19 +13,76 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+from torch.optim._muon import _adjust_lr
+
+from nextvec.hardware import has_bf16
 
 Member = tuple[DTensor, Tensor, Tensor]  # a matrix, and the rows of its gradient and of its momentum that lie here
 
 
-class ShardedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` for matrices that are split by rows over processes (DTensor on a mesh of one dimension).
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon`, whose iteration runs in float32 where the device has no bf16 products.
+
+    torch runs it in bf16 everywhere. A processor without such instructions emulates them 20 to 50 times slower than
+    float32, and one update then takes longer than the step before it. Where bf16 is there, the bits are torch's.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all matrices that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters: list[Any] = []
+            gradients: list[Any] = []
+            momenta: list[Any] = []
+            self._init_group(group, parameters, gradients, momenta)
+            for parameter, gradient, buffer in zip(parameters, gradients, momenta, strict=True):
+                update = _momentum(group, gradient, buffer).to(iteration_dtype(parameter.device))
+                _apply(group, parameter.shape, parameter, orthogonal(group, update))
+        return loss
+
+
+@functools.cache
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """Of Newton-Schulz: bf16 as published where the hardware multiplies it, else float32."""
+    return torch.bfloat16 if has_bf16(device) else torch.float32
+
+
+def orthogonal(group: dict[str, Any], update: Tensor) -> Tensor:
+    """The update with its singular values near 1, by the quintic iteration of `torch.optim.Muon` in its own dtype."""
+    a, b, c = group["ns_coefficients"]
+    tall = update.shape[0] > update.shape[1]
+    x = update.T if tall else update
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def _momentum(group: dict[str, Any], gradient: Tensor, buffer: Tensor) -> Tensor:
+    """What is orthogonalised: the momentum, with Nesterov's look ahead where the group has it."""
+    buffer.lerp_(gradient, 1 - group["momentum"])
+    return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+
+
+def _apply(group: dict[str, Any], shape: torch.Size, rows: Tensor, direction: Tensor) -> None:
+    """Decay and step of a matrix of `shape`, or of the rows of it that lie here."""
+    rows.mul_(1 - group["lr"] * group["weight_decay"])
+    rows.add_(direction, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], shape))
+
+
+class ShardedMuon(Muon):
+    """`Muon` for matrices that are split by rows over processes (DTensor on a mesh of one dimension).
 
     Momentum and update are elementwise and stay where they are. The iteration is not: run on shards, its bf16 products are
     added up in another order, and a few steps end 6e-3 away (docs/log.md). So as many matrices as there are processes
-    travel at once, in bf16, which the iteration begins with anyway; each process turns one whole matrix and sends the rows
+    travel at once, in the iteration's dtype, which it begins with anyway; each process turns one whole matrix and sends the rows
     back. The same gradients give the bits of the unsharded step, each matrix is computed once, and a process
-    holds one of them whole. A matrix travels twice, 4 bytes an element.
+    holds one of them whole. A matrix travels twice, 4 bytes an element in bf16.
     """
 
     @torch.no_grad()
@@ -49,19 +110,14 @@ class ShardedMuon(torch.optim.Muon):
 
 def _update(group: dict[str, Any], members: Sequence[Member]) -> None:
     """One update of at most as many matrices as there are processes."""
-    rate, momentum = group["lr"], group["momentum"]
-    updates = []
-    for _, gradient, buffer in members:
-        buffer.lerp_(gradient, 1 - momentum)
-        updates.append((gradient.lerp(buffer, momentum) if group["nesterov"] else buffer).bfloat16())
-    turned = _orthogonal(group, [parameter for parameter, _, _ in members], updates)
+    updates = [_momentum(group, gradient, buffer).to(iteration_dtype(buffer.device)) for _, gradient, buffer in members]
+    turned = _turned(group, [parameter for parameter, _, _ in members], updates)
     for (parameter, _, _), direction in zip(members, turned, strict=True):
         rows = parameter.to_local()
-        rows.mul_(1 - rate * group["weight_decay"])
-        rows.add_(direction.view_as(rows), alpha=-_adjust_lr(rate, group["adjust_lr_fn"], parameter.shape))
+        _apply(group, parameter.shape, rows, direction.view_as(rows))
 
 
-def _orthogonal(group: dict[str, Any], matrices: Sequence[DTensor], updates: Sequence[Tensor]) -> Sequence[Tensor]:
+def _turned(group: dict[str, Any], matrices: Sequence[DTensor], updates: Sequence[Tensor]) -> Sequence[Tensor]:
     """The rows of each matrix's orthogonalised update that lie here, flat, from the rows of the update."""
     mesh = matrices[0].device_mesh
     rank, size, processes = mesh.get_local_rank(), mesh.size(), mesh.get_group()
@@ -75,13 +131,11 @@ def _orthogonal(group: dict[str, Any], matrices: Sequence[DTensor], updates: Seq
 
     def exchange(sent: Tensor, counts: list[int], received: list[int]) -> Tensor:
         result = sent.new_empty(sum(received))
-        bytes_in, bytes_out = ([2 * count for count in each] for each in (received, counts))
+        bytes_in, bytes_out = ([sent.element_size() * count for count in each] for each in (received, counts))
         dist.all_to_all_single(result.view(torch.uint8), sent.view(torch.uint8), bytes_in, bytes_out, group=processes)
         return result
 
     whole = exchange(torch.cat([update.flatten() for update in updates]), given, got)
     if rank < len(matrices):
-        whole = _zeropower_via_newtonschulz(
-            whole.view(matrices[rank].shape), group["ns_coefficients"], group["ns_steps"], group["eps"]
-        ).flatten()
+        whole = orthogonal(group, whole.view(matrices[rank].shape)).flatten()
     return cast("Sequence[Tensor]", exchange(whole, got, given).split(given[: len(updates)]))

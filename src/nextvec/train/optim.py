@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nextvec.config import OptimSettings
-from nextvec.train.muon import ShardedMuon
+from nextvec.train.muon import Muon, ShardedMuon
 
 # Matrices with a vocabulary, latent, noise or time side: lookups and read-outs, which stay with AdamW (as Muon's author advises).
 EDGES = ("embedding", "output", "noise_in", "to_latent", "from_latent", "head.out", "latent_in", "time_in", "net.out")
@@ -58,14 +58,14 @@ def make_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Op
     )
     if not hidden:
         return adamw
-    muon = ShardedMuon if isinstance(hidden[0]["params"][0], DTensor) else torch.optim.Muon
+    muon = ShardedMuon if isinstance(hidden[0]["params"][0], DTensor) else Muon
     return MuonAdamW(muon(hidden, momentum=settings.momentum), adamw)
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024; torch.optim.Muon) and AdamW as one optimiser with one state and one list of groups."""
+    """Muon (Jordan et al. 2024; `nextvec.train.muon`) and AdamW as one optimiser with one state and one list of groups."""
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._share()
