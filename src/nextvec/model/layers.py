@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from nextvec.config import BackboneConfig
 from nextvec.model.attention import causal_attention
+from nextvec.model.lean import keeps_for_backward, rms_norm, swiglu_down
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose weight takes the input's dtype, so that the fused kernel also serves bfloat16 activations."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return F.rms_norm(x_ND, self.normalized_shape, self.weight.to(x_ND.dtype), self.eps)
+        assert self.eps is not None
+        return rms_norm(x_ND, self.weight.to(x_ND.dtype), self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -29,7 +31,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_ND).chunk(2, dim=-1)
+        gate_up = self.gate_up(x_ND)
+        if keeps_for_backward():
+            return swiglu_down(gate_up, self.down.weight)
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
