@@ -71,7 +71,7 @@ def train_lm(
         typer.Option(
             metavar="RUN",
             help="Run of the trained autoencoder, or a CALM run that holds one. With --from: its own; with the autoregressive "
-            "head: none.",
+            "head: none; with --resume: the run's own.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -123,7 +123,9 @@ def _train(
     from nextvec.model.calm import Calm
     from nextvec.rundir import load_autoencoder, load_run
     from nextvec.text.shards import TokenShards
+    from nextvec.train.checkpoint import begun
     from nextvec.train.data import data_folders
+    from nextvec.train.kept import kept_autoencoder
     from nextvec.train.loop import check_out, train
     from nextvec.train.objectives import build_objective
     from nextvec.train.progress import duration, terms
@@ -135,9 +137,11 @@ def _train(
     if rank() == 0:
         check_out(out, resume)
     settings = _settings(VERBS[verb], out, config_file, resume)
-    if resume and source is None and settings.get("start"):
-        source = Path(settings["start"])
-    start = load_run(source) if source is not None and not (resume and autoencoder_run is not None) else None
+    kept = kept_autoencoder(out) if resume and verb == "lm" and autoencoder_run is None else None
+    going_on = resume and begun(out) and (kept is not None or autoencoder_run is not None or verb != "lm")
+    if resume and not going_on and source is None and settings.get("start"):
+        source = Path(settings["start"])  # nothing of it is in a checkpoint yet
+    start = load_run(source) if source is not None else None
     if start is not None:
         settings = settings_from(start, settings)
     if data is not None:
@@ -152,6 +156,7 @@ def _train(
     autoencoder: Autoencoder | None = (
         start.model.autoencoder if start is not None and isinstance(start.model, Calm) else None
     )
+    autoencoder = kept or autoencoder
     if autoencoder_run is not None:
         autoencoder, tokenizer = load_autoencoder(autoencoder_run)
         shards.check_tokenizer(tokenizer)
@@ -159,11 +164,9 @@ def _train(
     run = complete_run(settings, shards.tokenizer, of, str(config_file or f"train {verb}"))
     objective = build_objective(run, shards.tokenizer, autoencoder)
     if start is not None:
-        begin_with(objective, start, keep_autoencoder=autoencoder_run is not None)
+        begin_with(objective, start, keep_autoencoder=kept is not None or autoencoder_run is not None)
 
-    options = ["--autoencoder", str(autoencoder_run)] if autoencoder_run is not None else []
-    options += ["--from", str(source)] if source is not None else []
-    options += ["--valid", str(valid)] if valid is not None else []
+    options = ["--valid", str(valid)] if valid is not None else []
     options += ["--device", device] if device != "auto" else []
     options += ["--tensorboard"] if tensorboard else []
     result = train(

@@ -7,7 +7,7 @@
 That of a sharded run has one file of tensors from each process instead (parts.py), and format 2.
 
 A checkpoint is written into a hidden folder, fsynced and renamed, so one that has its final name is whole. Frozen
-parameters (the autoencoder of a CALM run) are not stored; their digest is, so that others are refused. Saving has two
+parameters (the autoencoder of a CALM run) are not stored (kept.py has them); their digest is, so that others are refused. Saving has two
 halves: `snapshot` copies the state to the host, `write` puts a copy on disk and may run on another thread (writer.py).
 """
 
@@ -186,6 +186,11 @@ def latest(run: Path, say: Say | None = None) -> Checkpoint | None:
     return None
 
 
+def begun(run: Path) -> bool:
+    """Whether `run` has a checkpoint, whole or not."""
+    return bool(_steps(run))
+
+
 def drop_newer(run: Path, step: int) -> None:
     """Move checkpoints beyond `step` (passed over as damaged) out of the way of the ones to be written."""
     for path in _steps(run):
@@ -266,7 +271,9 @@ def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str,
     if checkpoint.state.data != data:
         raise DataError("--resume needs the shards that the run began with: data.path holds other tokens now")
     if checkpoint.state.frozen != frozen:
-        raise DataError("--resume needs the autoencoder that the run began with: its weights differ now")
+        raise DataError(
+            "--resume needs the autoencoder that the run began with: its weights differ now; give it with --autoencoder RUN"
+        )
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -344,6 +351,7 @@ __all__ = [
     "Checkpoint",
     "Snapshot",
     "TrainState",
+    "begun",
     "check_same_run",
     "drop_newer",
     "frozen_digest",

@@ -25,6 +25,7 @@ from nextvec.train import checkpoint
 from nextvec.train.data import Data, open_data
 from nextvec.train.interface import Trainable, TrainResult
 from nextvec.train.interrupt import Interrupt
+from nextvec.train.kept import keep_frozen, let_go
 from nextvec.train.latents import with_latents
 from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row, check_tensorboard
 from nextvec.train.progress import Display
@@ -51,7 +52,7 @@ def train(
 ) -> TrainResult:
     """Train `objective` as `config` says and leave a run directory at `out`.
 
-    config: settings; written to out/config.yaml first.
+    config: settings; written to out/config.yaml before training begins.
     resume: go on from the newest whole checkpoint in `out`; from the start if the run has none yet.
     valid: held-out shards; by default those that lie beside the training shards.
     data: batches to use instead of opening `config.data.path`.
@@ -101,6 +102,7 @@ def train(
                     check_out(out, resume)  # another one may have begun since
                 if found is not None:
                     checkpoint.drop_newer(out, found.state.step)
+                keep_frozen(out, objective.module)
                 with atomic_open(out / "config.yaml") as handle:
                     handle.write(dump_yaml(config))
             for note in notes:
@@ -114,6 +116,8 @@ def train(
             interrupt = stack.enter_context(Interrupt(patient=world.size > 1))
             stack.enter_context(closing(sitting))
             result = sitting.run(interrupt)
+            if world.first and not result.interrupted:
+                let_go(out)
         world.close()
     except RuntimeError as error:
         if not lost_process(error, world):
