@@ -7,8 +7,9 @@
 That of a sharded run has one file of tensors from each process instead (parts.py), and format 2.
 
 A checkpoint is written into a hidden folder, fsynced and renamed, so one that has its final name is whole. Frozen
-parameters (the autoencoder of a CALM run) are not stored (kept.py has them); their digest is, so that others are refused. Saving has two
-halves: `snapshot` copies the state to the host, `write` puts a copy on disk and may run on another thread (writer.py).
+parameters (the autoencoder of a CALM run) are not stored here but in kept.py's file; their digest is, so that others are
+refused. Saving has two halves: `snapshot` copies the state to the host, `write` puts a copy on disk and may run on another
+thread (writer.py).
 """
 
 from __future__ import annotations
