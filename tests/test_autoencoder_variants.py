@@ -44,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no dropout": {"latent_dropout": 0.0, "token_dropout": 0.0},
     "attention": {"attention": True},
     "attention, no variational layer": {"attention": True, "variational": False},
+    "factored": {"factored": True},
+    "factored, no variational layer": {"factored": True, "variational": False},
     "small latent": {"latent": 3},
     "large latent": {"latent": 40},
 }
@@ -102,7 +104,7 @@ def test_posterior_and_reconstruction_have_their_shapes(variant: str) -> None:
     counts, _ = count_latents(found, latents, 4)
     tokens = found.decode_tokens(latents)
     assert torch.equal(counts, (tokens[:, :, None] == tokens[:, None]).all(-1).sum(-1))
-    if variant != "small latent":  # where random weights decode all patches alike
+    if variant not in ("small latent", "factored, no variational layer"):  # where random weights decode all patches alike
         assert counts.tolist() == [[2, 1, 2, 1], [3, 3, 3, 1]]
 
 
@@ -169,7 +171,7 @@ def test_attention_looks_both_ways_inside_a_patch_and_never_beyond() -> None:
     assert float((before[1] - after[1]).abs().amax(-1).min()) > 1e-6
 
 
-@pytest.mark.parametrize("variant", ["attention", "no variational layer"])
+@pytest.mark.parametrize("variant", ["attention", "no variational layer", "factored"])
 def test_under_bf16_autocast_the_posterior_is_float32(variant: str) -> None:
     found = model(variant).float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -185,7 +187,7 @@ HEADS: list[HeadKind] = [EnergyHeadConfig(blocks=1, noise=8), FlowHeadConfig(blo
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
-@pytest.mark.parametrize("variant", ["no variational layer", "attention"])
+@pytest.mark.parametrize("variant", ["no variational layer", "attention", "factored"])
 def test_heads_learn_from_every_variant(variant: str, head: HeadKind) -> None:
     """Also from a point, where the exact teacher's expectation has no spread."""
     config = CalmConfig(
@@ -212,13 +214,41 @@ def test_a_variant_is_saved_and_loaded(tmp_path: Path, variant: str) -> None:
     assert isinstance(loaded, Autoencoder)
     assert loaded.config == config.model
     assert torch.equal(loaded.encode(ids(3)).mean, built.eval().encode(ids(3)).mean)  # type: ignore[operator,union-attr]
-    if not {"attention", "variational"} & VARIANTS[variant].keys():
+    if not {"attention", "variational", "factored"} & VARIANTS[variant].keys():
         convert_back(tmp_path / "run", tmp_path / "published")
         return
     with pytest.raises(ConfigError, match=r"has an autoencoder with .*, which the published format does not know"):
         convert_back(tmp_path / "run", tmp_path / "published")
     with pytest.raises(ConfigError, match=r"the plain arm has the published autoencoder alone.*--no-plain"):
         PlainAutoencoder(config.model)
+
+
+def test_factored_tokens_have_dimensions_of_their_own() -> None:
+    """A token changes its L / K numbers alone, is the same at every place, and is read from its own numbers alone."""
+    found = model("factored")
+    rows = ids(2)
+    other = rows.clone()
+    other[:, 2] = (other[:, 2] + 1) % 61
+    before, after = (found.encode(each).mean.unflatten(-1, (4, 3)) for each in (rows, other))
+    assert torch.equal(before[:, [0, 1, 3]], after[:, [0, 1, 3]])
+    assert float((before[:, 2] - after[:, 2]).abs().amax(-1).min()) > 1e-6
+    same = found.encode(rows[:, :1].expand(2, 4)).mean.unflatten(-1, (4, 3))
+    assert torch.equal(same[:, 0], same[:, 3])
+    moved = before.clone()
+    moved[:, 2] += 1.0
+    hidden, changed = (found.decode_hidden(each.flatten(-2)) for each in (before, moved))
+    assert torch.equal(hidden[:, [0, 1, 3]], changed[:, [0, 1, 3]])
+    assert float((hidden[:, 2] - changed[:, 2]).abs().amax(-1).min()) > 1e-6
+    assert sum(p.numel() for p in found.parameters()) < sum(p.numel() for p in model("as published").parameters())
+
+
+def test_factored_settings_that_cannot_work() -> None:
+    with pytest.raises(
+        ConfigError, match="latent must be a multiple of patch_size 4 where factored is true; got 13, nearest 12"
+    ):
+        PLAIN.override(latent=13, factored=True)
+    with pytest.raises(ConfigError, match="attention mixes the tokens of a patch, and factored keeps them apart"):
+        PLAIN.override(factored=True, attention=True)
 
 
 def test_attention_needs_an_even_width() -> None:

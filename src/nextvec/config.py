@@ -16,6 +16,7 @@ from nextvec.head_settings import HEADS as HEADS
 from nextvec.head_settings import SOLVERS as SOLVERS
 from nextvec.head_settings import TIMES as TIMES
 from nextvec.head_settings import AutoregressiveHeadConfig as AutoregressiveHeadConfig
+from nextvec.head_settings import CategoricalHeadConfig as CategoricalHeadConfig
 from nextvec.head_settings import DiffusionHeadConfig as DiffusionHeadConfig
 from nextvec.head_settings import EnergyHeadConfig as EnergyHeadConfig
 from nextvec.head_settings import FlowHeadConfig as FlowHeadConfig
@@ -49,6 +50,7 @@ class AutoencoderConfig(Config):
     mask_id: Count = 0  # token id; 0 is what the authors' code writes [C]
     variational: bool = True  # False: the latent is a point, without noise and KL; an ablation of the paper [P]
     attention: bool = False  # tokens of a patch attend to each other; reconstructs better, hurts downstream [P]
+    factored: bool = False  # each token has latent / K dimensions of its own, which say nothing of the others [D]
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
 
     @model_validator(mode="after")
@@ -59,9 +61,29 @@ class AutoencoderConfig(Config):
             )
         if self.attention and self.width % 2:
             raise ValueError(f"width must be even for the rotary positions of attention; got {self.width}")
+        if self.factored and self.latent % self.patch_size:
+            near = self.patch_size * max(1, round(self.latent / self.patch_size))
+            raise ValueError(
+                f"latent must be a multiple of patch_size {self.patch_size} where factored is true; got {self.latent}, "
+                f"nearest {near}"
+            )
+        if self.factored and self.attention:
+            raise ValueError(
+                "attention mixes the tokens of a patch, and factored keeps them apart: leave one of them out"
+            )
         if self.mask_id >= self.vocab_size:
             raise ValueError(f"mask_id must be below vocab_size {self.vocab_size}; got {self.mask_id}")
         return self
+
+    @property
+    def span(self) -> int:
+        """Tokens that share latent dimensions: K, or 1 where the autoencoder is factored."""
+        return 1 if self.factored else self.patch_size
+
+    @property
+    def span_latent(self) -> int:
+        """Latent dimensions of `span` tokens."""
+        return self.latent * self.span // self.patch_size
 
     @property
     def attention_heads(self) -> int:
@@ -110,6 +132,15 @@ class CalmConfig(Config):
     head: HeadConfig = EnergyHeadConfig()
     input: Literal["tokens", "latents", "both"] = "tokens"  # what the backbone reads of a patch [P]
 
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.head.kind == "categorical" and not self.autoencoder.factored:
+            raise ValueError(
+                "head.kind categorical needs an autoencoder whose tokens have dimensions of their own, and "
+                "autoencoder.factored is false: train one with model.factored=true"
+            )
+        return self
+
     @property
     def reads_latents(self) -> bool:
         """Whether the backbone's input holds the latents of the patches read."""
@@ -132,7 +163,7 @@ class CalmConfig(Config):
         """The same model with another solver or number of steps; None keeps its own. Raises ConfigError."""
         if solver is None and steps is None:
             return self
-        if not isinstance(self.head, FlowHeadConfig | DiffusionHeadConfig):
+        if not isinstance(self.head, FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig):
             raise ConfigError(f"the {self.head.kind} head draws without a solver: leave out solver and steps")
         given = {"solver": solver, "steps": steps}
         changed = {**self.head.model_dump(), **{name: value for name, value in given.items() if value is not None}}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from nextvec.settings import CHOICE, Config, Positive
+from nextvec.settings import CHOICE, Config, Positive, Rate
 
 
 class EnergyHeadConfig(Config):
@@ -61,6 +61,30 @@ class DiffusionHeadConfig(Config):
         return self.steps
 
 
+class CategoricalHeadConfig(Config):
+    """Categorical head: a flow whose network predicts tokens; for a factored autoencoder (docs/heads.md) [D]."""
+
+    kind: Literal["categorical"] = "categorical"
+    blocks: Positive = 2  # residual blocks of what the places of a patch say of each other
+    teacher_draws: Positive = 1  # per position in training, each with a time and a noise of its own
+    clean: Rate = 0.5  # share of the times in training that are 0: nothing is known of the patch
+    until: Annotated[float, Field(gt=0, lt=1)] = 0.5  # time after which a draw goes straight to its expected latent
+    solver: str = "euler"  # of SOLVERS["categorical"]
+    steps: Annotated[int, Field(ge=2)] = (
+        6  # solver steps per draw, one network pass each; one step draws one latent only
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        check_solver(self.kind, self.solver, self.steps)
+        return self
+
+    @property
+    def evaluations(self) -> int:
+        """Network passes per draw."""
+        return self.steps
+
+
 class AutoregressiveHeadConfig(Config):
     """A causal decoder over the K tokens of the next patch, given the state: tokens with likelihoods, no latent [D]."""
 
@@ -68,14 +92,17 @@ class AutoregressiveHeadConfig(Config):
     blocks: Positive = 1  # Transformer blocks of the backbone's width, inner width and heads
 
 
-HeadKind: TypeAlias = EnergyHeadConfig | FlowHeadConfig | DiffusionHeadConfig | AutoregressiveHeadConfig
+HeadKind: TypeAlias = (
+    EnergyHeadConfig | FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig | AutoregressiveHeadConfig
+)
 HEADS: dict[str, type[HeadKind]] = {
     "energy": EnergyHeadConfig,
     "flow": FlowHeadConfig,
     "diffusion": DiffusionHeadConfig,
+    "categorical": CategoricalHeadConfig,
     "autoregressive": AutoregressiveHeadConfig,
 }
-SOLVERS = {"flow": ("midpoint", "heun", "euler"), "diffusion": ("ddpm", "ddim", "dpm++")}
+SOLVERS = {"flow": ("midpoint", "heun", "euler"), "diffusion": ("ddpm", "ddim", "dpm++"), "categorical": ("euler",)}
 TIMES = 1000  # times that the flow and diffusion heads tell apart [C]
 
 
@@ -96,6 +123,7 @@ HeadConfig: TypeAlias = Annotated[
     Annotated[EnergyHeadConfig, Tag(f"{CHOICE}energy")]
     | Annotated[FlowHeadConfig, Tag(f"{CHOICE}flow")]
     | Annotated[DiffusionHeadConfig, Tag(f"{CHOICE}diffusion")]
+    | Annotated[CategoricalHeadConfig, Tag(f"{CHOICE}categorical")]
     | Annotated[AutoregressiveHeadConfig, Tag(f"{CHOICE}autoregressive")],
     Discriminator(
         _head_kind, custom_error_type="head_kind", custom_error_message=f"kind must be one of {', '.join(HEADS)}"

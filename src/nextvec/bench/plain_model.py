@@ -57,7 +57,7 @@ class ResidualMLP(nn.Module):
 
 def check_plain(config: AutoencoderConfig) -> None:
     """Raises ConfigError for an autoencoder that this textbook has not got."""
-    if config.attention or not config.variational:
+    if config.attention or config.factored or not config.variational:
         raise ConfigError("the plain arm has the published autoencoder alone, and this one is a variant: --no-plain")
 
 

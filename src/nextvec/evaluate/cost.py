@@ -248,8 +248,8 @@ def _backbone_parameters(config: BackboneConfig, **other: float) -> Parts:
 
 def _autoencoder(config: AutoencoderConfig) -> tuple[float, float]:
     """Operations of one patch: (encoder, decoder without its vocabulary product)."""
-    K, d = config.patch_size, config.width
-    blocks = config.layers // 2 * (K + 1) * 3 * d * config.inner
+    K, d, parts = config.patch_size, config.width, config.patch_size // config.span
+    blocks = config.layers // 2 * (K + parts) * 3 * d * config.inner
     if config.attention:
         blocks += config.layers // 2 * K * (4 * d * d + 2 * d * K)
     outputs = (2 if config.variational else 1) * config.latent
@@ -257,11 +257,11 @@ def _autoencoder(config: AutoencoderConfig) -> tuple[float, float]:
 
 
 def _autoencoder_parameters(config: AutoencoderConfig) -> int:
-    K, d, L = config.patch_size, config.width, config.latent
+    span, d, L = config.span, config.width, config.span_latent
     blocks = 2 * config.layers * (3 * d * config.inner + d) + config.attention * config.layers * (4 * d * d + d)
     outputs = (2 if config.variational else 1) * L
-    encoder = K * d * d + d + d + d * outputs + outputs
-    decoder = L * d + d + d * K * d + K * d + d
+    encoder = span * d * d + d + d + d * outputs + outputs
+    decoder = L * d + d + d * span * d + span * d + d
     return config.vocab_size * d + blocks + encoder + decoder
 
 

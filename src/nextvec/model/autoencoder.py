@@ -3,6 +3,8 @@
 Encoder: embed -> residual SwiGLU per token -> concatenate K -> linear -> residual SwiGLU -> RMSNorm -> (mean, log_std).
 Decoder: linear -> residual SwiGLU -> linear -> split into K -> residual SwiGLU -> RMSNorm -> tied logits.
 
+With `factored` all of this is done token by token, for a patch of one token with L / K dimensions, and the latent of a patch
+is those of its tokens side by side: what the categorical head needs (docs/heads.md).
 Legend: N patches (any leading dimensions), K tokens per patch, D width d, L latent, V vocabulary.
 """
 
@@ -30,17 +32,17 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        half, width = config.layers // 2, config.width
+        half, width, span = config.layers // 2, config.width, config.span
         blocks = [ResidualMLP(width, config.inner, config.norm_eps) for _ in range(2 * config.layers)]
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.token_encoder = nn.ModuleList(blocks[:half])
-        self.squeeze = nn.Linear(config.patch_size * width, width)
+        self.squeeze = nn.Linear(span * width, width)
         self.patch_encoder = nn.ModuleList(blocks[half : 2 * half])
         self.encoder_norm = RMSNorm(width, eps=config.norm_eps)
-        self.to_latent = nn.Linear(width, 2 * config.latent if config.variational else config.latent)
-        self.from_latent = nn.Linear(config.latent, width)
+        self.to_latent = nn.Linear(width, (2 if config.variational else 1) * config.span_latent)
+        self.from_latent = nn.Linear(config.span_latent, width)
         self.patch_decoder = nn.ModuleList(blocks[2 * half : 3 * half])
-        self.expand = nn.Linear(width, config.patch_size * width)
+        self.expand = nn.Linear(width, span * width)
         self.token_decoder = nn.ModuleList(blocks[3 * half :])
         self.decoder_norm = RMSNorm(width, eps=config.norm_eps)
         mixers = [
@@ -53,16 +55,21 @@ class Autoencoder(nn.Module):
     def encode(self, ids_NK: Tensor) -> Posterior:
         """Posterior of each patch: ids (..., K) int64 -> mean and log_std (..., L)."""
         x = self._per_token(self.embedding(ids_NK), self.token_encoder, self.encoder_attention)
-        x = self.squeeze(x.flatten(-2))
+        x = self.squeeze(x if self.config.factored else x.flatten(-2))
         for block in self.patch_encoder:
             x = block(x)
         both = self.to_latent(self.encoder_norm(x))
         if both.dtype != torch.float64:
             both = both.float()
         if not self.config.variational:
-            return Posterior(both, torch.full_like(both, POINT))
+            mean = self._joined(both)
+            return Posterior(mean, torch.full_like(mean, POINT))
         mean, log_std = both.chunk(2, dim=-1)
-        return Posterior(mean, log_std)
+        return Posterior(self._joined(mean), self._joined(log_std))
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Latents (..., L) of the parts of patches: where the autoencoder is factored, (..., K, L / K)."""
+        return x.flatten(-2) if self.config.factored else x
 
     def decode_hidden(self, z_NL: Tensor) -> Tensor:
         """Last hidden states (..., K, D): the logits are their product with the embedding matrix."""
@@ -84,8 +91,9 @@ class Autoencoder(nn.Module):
         return torch.cat(parts).view(*z_NL.shape[:-1], config.patch_size)
 
     def decode_stem(self, z_NL: Tensor) -> Tensor:
-        """What the places of a patch share in decoding: (..., L) -> (..., D), for `decode_place`."""
-        x = self.from_latent(z_NL.to(self.from_latent.weight.dtype))
+        """What the places of a patch share in decoding: (..., L) -> (..., D), for `decode_place`; factored: (..., K, D)."""
+        z = z_NL.to(self.from_latent.weight.dtype)
+        x = self.from_latent(z.unflatten(-1, (self.config.patch_size, -1)) if self.config.factored else z)
         for block in self.patch_decoder:
             x = block(x)
         return x
@@ -97,15 +105,20 @@ class Autoencoder(nn.Module):
         """
         if self.config.attention:
             return self.vocabulary().argmax(self._spread(stem_ND)[:, place])
-        rows = slice(place * self.config.width, (place + 1) * self.config.width)
-        x = F.linear(stem_ND, self.expand.weight[rows], self.expand.bias[rows])
+        if self.config.factored:
+            x = self.expand(stem_ND[:, place])
+        else:
+            rows = slice(place * self.config.width, (place + 1) * self.config.width)
+            x = F.linear(stem_ND, self.expand.weight[rows], self.expand.bias[rows])
         for block in self.token_decoder:
             x = block(x)
         return self.vocabulary().argmax(self.decoder_norm(x))
 
     def _spread(self, stem_ND: Tensor) -> Tensor:
         """`decode_hidden(z)`, (..., K, D), from `decode_stem(z)`."""
-        x = self.expand(stem_ND).unflatten(-1, (self.config.patch_size, self.config.width))
+        x = self.expand(stem_ND)
+        if not self.config.factored:
+            x = x.unflatten(-1, (self.config.patch_size, self.config.width))
         return self.decoder_norm(self._per_token(x, self.token_decoder, self.decoder_attention))
 
     def _per_token(self, x_NKD: Tensor, blocks: nn.ModuleList, mixers: nn.ModuleList) -> Tensor:

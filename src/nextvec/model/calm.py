@@ -21,6 +21,7 @@ from nextvec.model.autoencoder import Autoencoder, Posterior
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
+from nextvec.model.heads.categorical import CategoricalHead
 from nextvec.model.heads.interface import Generators, Head, Metrics
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Calm(nn.Module):
         if self.autoencoder.config != config.autoencoder:
             raise ValueError("the autoencoder given has another configuration than config.autoencoder")
         self.autoencoder.requires_grad_(False)
+        if isinstance(self.head, CategoricalHead):
+            self.head.bind(self.autoencoder)
 
     @property
     def patch_size(self) -> int:
@@ -131,6 +134,11 @@ class Calm(nn.Module):
         """Whether the head draws latents, which the autoencoder decodes; else it draws tokens, and `draw_latents` fails."""
         return self.head.latents
 
+    @property
+    def learns_from_posterior(self) -> bool:
+        """Whether the head's loss asks for the autoencoder's posterior of the patch; else for its tokens."""
+        return self.head.teacher == "posterior"
+
     def draw_latents(self, state_ND: Tensor, draws: int, generator: Generators | None = None) -> Tensor:
         """S latents (S, ..., L) for states (..., D): the model's predictive distribution of the next patch."""
         assert self.has_latents, "a head of tokens has no latent"
@@ -159,7 +167,7 @@ class Calm(nn.Module):
 
     def loss(self, state_ND: Tensor, target_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """The head's mean loss of states (..., D) against the patches (..., K) that follow them, and detached figures."""
-        target: Any = self.teacher(target_NK) if self.has_latents else target_NK
+        target: Any = self.teacher(target_NK) if self.learns_from_posterior else target_NK
         head: Head = self.head
         return head.loss(state_ND, target, generator)
 

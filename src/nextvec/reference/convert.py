@@ -113,8 +113,12 @@ def convert_back(run: str | Path, destination: Path) -> ModelRun:
     if isinstance(config.model, CalmConfig) and config.model.reads_latents:
         raise ConfigError(f"{run} has the input {config.model.input}, which the published format does not know")
     inner = config.model.autoencoder if isinstance(config.model, CalmConfig) else config.model
-    if inner.attention or not inner.variational:
-        what = "attention inside patches" if inner.attention else "a latent without a variational layer"
+    variants = {
+        "attention inside patches": inner.attention,
+        "a latent without a variational layer": not inner.variational,
+        "a factored latent": inner.factored,
+    }
+    for what in (name for name, present in variants.items() if present):
         raise ConfigError(f"{run} has an autoencoder with {what}, which the published format does not know")
     _check_free(destination / PICKLED)
     table = calm_names(config.model) if isinstance(config.model, CalmConfig) else autoencoder_names(config.model)

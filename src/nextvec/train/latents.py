@@ -120,7 +120,7 @@ def with_latents(data: Data, module: nn.Module) -> Data:
     """
     autoencoder = next((part for part in module.modules() if isinstance(part, Autoencoder)), None)
     models = [part for part in module.modules() if isinstance(part, Calm)]
-    learns = any(model.has_latents or model.config.reads_latents for model in models)
+    learns = any(model.learns_from_posterior or model.config.reads_latents for model in models)
     if isinstance(data.train, Mixture):
         raise ConfigError("data.latents is for one corpus, and data.mixture names several; leave data.latents out")
     if autoencoder is None or not learns or not isinstance(data.train, Batches):

@@ -34,14 +34,27 @@ INIT_GAIN = 0.8  # standard deviation of fresh matrices times sqrt(width); 0.058
 
 
 class AutoencoderTraining(nn.Module):
-    """Reconstruction and clipped KL of every patch of a window; patches are independent of each other."""
+    """Reconstruction and clipped KL of every patch of a window; patches are independent of each other.
+
+    Tokens of a factored autoencoder are independent as well, so that text teaches it nothing but which tokens are frequent:
+    it trains on as many tokens as the batch has, all of the vocabulary equally often.
+    """
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids_BT: Tensor, generator: torch.Generator | None, progress: float) -> tuple[Tensor, Metrics]:
+        ids_BT = self._all_tokens(ids_BT, generator) if self.training and self.model.config.factored else ids_BT
         return self.model.loss(ids_BT.reshape(-1, self.model.config.patch_size), generator)
+
+    def _all_tokens(self, like_BT: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Random orders of the vocabulary one after the other, (B, T)."""
+        orders = [
+            torch.randperm(self.model.config.vocab_size, generator=generator, device=like_BT.device)
+            for _ in range(-(-like_BT.numel() // self.model.config.vocab_size))
+        ]
+        return torch.cat(orders)[: like_BT.numel()].view_as(like_BT)
 
 
 class CalmTraining(nn.Module):
@@ -67,7 +80,7 @@ class CalmTraining(nn.Module):
             encoded = Encoded(ids_BT, *self.model.teacher(ids_BPK))
         latent_BPL = encoded.inputs() if reads and encoded is not None else None
         state_BPD, target_BPK = self.model.states(ids_BPK[:, :-1], latent_BPL=latent_BPL), ids_BPK[:, 1:]
-        if encoded is None or not self.model.has_latents:
+        if encoded is None or not self.model.learns_from_posterior:
             loss, metrics = self.model.loss(state_BPD, target_BPK, generator)
         else:
             target: Any = encoded.targets()

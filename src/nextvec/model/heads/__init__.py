@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from nextvec.config import CalmConfig, DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig
+from nextvec.config import CalmConfig, CategoricalHeadConfig, DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig
 from nextvec.model.heads.autoregressive import AutoregressiveHead
+from nextvec.model.heads.categorical import CategoricalHead
 from nextvec.model.heads.diffusion import DiffusionHead
 from nextvec.model.heads.energy import EnergyHead
 from nextvec.model.heads.flow import FlowHead
 
-AnyHead: TypeAlias = EnergyHead | FlowHead | DiffusionHead | AutoregressiveHead
+AnyHead: TypeAlias = EnergyHead | FlowHead | DiffusionHead | CategoricalHead | AutoregressiveHead
 
 
 def build_head(config: CalmConfig) -> AnyHead:
@@ -20,6 +21,8 @@ def build_head(config: CalmConfig) -> AnyHead:
         return FlowHead(head, width, latent)
     if isinstance(head, DiffusionHeadConfig):
         return DiffusionHead(head, width, latent)
+    if isinstance(head, CategoricalHeadConfig):
+        return CategoricalHead(config)
     if isinstance(head, EnergyHeadConfig):
         return EnergyHead(head, width, latent)
     return AutoregressiveHead(config, head.blocks)

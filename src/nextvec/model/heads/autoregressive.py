@@ -25,6 +25,7 @@ class AutoregressiveHead(nn.Module):
     """
 
     latents: ClassVar[bool] = False
+    teacher: ClassVar[str] = "tokens"
     objective: ClassVar[str] = "cross_entropy"
 
     def __init__(self, config: CalmConfig, blocks: int) -> None:

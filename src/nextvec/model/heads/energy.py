@@ -45,6 +45,7 @@ class EnergyHead(nn.Module):
     """Draws latents from an implicit distribution given the state."""
 
     latents: ClassVar[bool] = True
+    teacher: ClassVar[str] = "posterior"
     objective: ClassVar[str] = "energy"
 
     def __init__(self, config: EnergyHeadConfig, width: int, latent: int) -> None:

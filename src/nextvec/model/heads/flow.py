@@ -25,6 +25,7 @@ class FlowHead(nn.Module):
     """
 
     latents: ClassVar[bool] = True
+    teacher: ClassVar[str] = "posterior"
     objective: ClassVar[str] = "flow"
 
     def __init__(self, config: FlowHeadConfig, width: int, latent: int) -> None:

@@ -18,17 +18,18 @@ Metrics = dict[str, Tensor]
 class Head(Protocol):
     """Draws the next patch given the backbone's state, and says how badly its draws fit the true one.
 
-    A head of latents learns from the autoencoder's posterior and draws latents, which the autoencoder decodes. A head of
-    tokens learns from the patch itself and draws patches.
+    A head of latents draws latents, which the autoencoder decodes, and a head of tokens draws patches. It learns from the
+    autoencoder's posterior, or from the patch itself.
     """
 
     latents: ClassVar[bool]
+    teacher: ClassVar[str]  # posterior | tokens: what `loss` is given
     objective: ClassVar[str]  # name of the metric that is the loss itself
 
     def loss(self, state_ND: Tensor, target: Any, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """Mean loss of the states (..., D), and detached figures, `objective` among them.
 
-        target: the `Posterior` (..., L) for a head of latents, the ids (..., K) int64 for a head of tokens.
+        target: the `Posterior` (..., L), or the ids (..., K) int64, as `teacher` says.
         """
         ...
 
