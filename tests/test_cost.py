@@ -18,6 +18,7 @@ from nextvec.config import (
     AutoregressiveHeadConfig,
     BackboneConfig,
     CalmConfig,
+    CategoricalHeadConfig,
     DiffusionHeadConfig,
     EnergyHeadConfig,
     FlowHeadConfig,
@@ -184,10 +185,12 @@ AUTOREGRESSIVE = TINY.model_copy(update={"head": AutoregressiveHeadConfig(blocks
 WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
 
 
+FACTORED = TINY.autoencoder.override(latent=12, factored=True)
+CATEGORICAL = TINY.model_copy(update={"autoencoder": FACTORED, "head": CategoricalHeadConfig(blocks=2, steps=4)})
 WITH_INPUTS = [TINY.override(input=form) for form in ("latents", "both")]
 
 
-@pytest.mark.parametrize("config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, *WITH_INPUTS])
+@pytest.mark.parametrize("config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, CATEGORICAL, *WITH_INPUTS])
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = Calm(config)
@@ -206,7 +209,9 @@ def test_parameters_are_those_of_the_baseline():
     assert token_lm_cost(TINY_TOKENS).params == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("variant", [{}, {"attention": True}, {"variational": False}], ids=str)
+@pytest.mark.parametrize(
+    "variant", [{}, {"attention": True}, {"variational": False}, {"factored": True, "latent": 12}], ids=str
+)
 def test_parameters_and_operations_of_an_autoencoder_alone(variant):
     config = TINY.autoencoder.override(**variant)
     model, found = Autoencoder(config), autoencoder_cost(config)
@@ -290,6 +295,28 @@ def test_the_published_column_of_the_flow_head_runs_every_layer_in_every_pass():
     assert found.inference.head * 3 == pytest.approx(whole)
     assert found.inference_split.head < 0.55 * found.inference.head
     assert calm_cost(config.with_solver(None, 6)).inference.head == 2 * calm_cost(config).inference.head
+
+
+def test_operations_of_the_categorical_head_are_those_that_torch_counts():
+    """A pool of one and of six, whose pass at time 0 is one for all; and a step of training, whose targets nothing encodes."""
+    model, g = Calm(CATEGORICAL).eval(), torch.Generator().manual_seed(0)
+    model.head.codes()
+    state, ids = torch.zeros(7, 16), torch.zeros(7, 3, dtype=torch.long)
+    for candidates in (1, 6):
+        found = calm_cost(CATEGORICAL, candidates=candidates).inference_split
+        drawing = found.vocabulary - candidates * 2 * 50 * CATEGORICAL.autoencoder.width  # less what decoding takes
+        with torch.no_grad():
+            whole = counted(lambda n=candidates: model.draw_latents(state[:1], n, g))
+        assert whole == pytest.approx((found.head + drawing) * 3)
+    training = calm_cost(CATEGORICAL, draws=1).training_split
+    with torch.no_grad():
+        forward = counted(lambda: model.head.loss(state, ids, g))
+    assert forward == pytest.approx((training.head + training.vocabulary) / 3 * 21)
+    assert training.autoencoder == 0
+    assert (
+        calm_cost(CATEGORICAL, candidates=6).inference.total
+        > calm_cost(CATEGORICAL, candidates=6).inference_split.total
+    )
 
 
 def test_operations_of_the_autoregressive_head_are_those_that_torch_counts():

@@ -18,6 +18,7 @@ from nextvec.config import (
     AutoregressiveHeadConfig,
     BackboneConfig,
     CalmConfig,
+    CategoricalHeadConfig,
     ModelConfig,
     TokenLMConfig,
 )
@@ -150,7 +151,7 @@ def calm_cost(
     A draw of the flow and diffusion heads takes as many network passes as their solver. The autoregressive head takes
     neither encoding nor decoding, and S does not matter.
 
-    `context`: patches attended; `draws`: S, the model's or (flow, diffusion) the teacher's; `candidates`: draws taken and
+    `context`: patches attended; `draws`: S, the model's or, of heads with a solver, the teacher's; `candidates`: draws taken and
     decoded per step at inference (1: plain sampling; N of the batch temperature sampler); `decoded`: of these, where fewer
     are decoded (1 for the mean of their latents); `auxiliary`: count the cross-entropy of the `fast` recipe in training. A
     model that reads latents encodes each patch at inference, too.
@@ -164,8 +165,9 @@ def calm_cost(
     reading = encoder if latents else 0
     written = candidates if decoded is None else decoded
     logits = 2 * K * V * config.autoencoder.width
-    if isinstance(config.head, AutoregressiveHeadConfig):  # neither learns from latents nor draws them
+    if isinstance(config.head, AutoregressiveHeadConfig | CategoricalHeadConfig):  # learns from tokens
         encoder = reading
+    if isinstance(config.head, AutoregressiveHeadConfig):  # and draws them
         decoder = logits = draws = 0
 
     def inference(split: bool) -> Parts:
@@ -187,7 +189,7 @@ def calm_cost(
             mlp=TRAINED * mlp,
             head=TRAINED * (head.trained_once + draws * head.trained_per_draw),
             autoencoder=encoder,  # frozen: forward only; a patch that is input and target is encoded once
-            vocabulary=TRAINED * head.trained_vocabulary,
+            vocabulary=TRAINED * (head.trained_vocabulary + draws * head.trained_vocabulary_per_draw),
             auxiliary=TRAINED * 2 * (D * K * D + K * D * V) if auxiliary else 0,
         ).scaled(1 / K)
 

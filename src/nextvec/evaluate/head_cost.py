@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nextvec.config import AutoregressiveHeadConfig, BackboneConfig, CalmConfig, EnergyHeadConfig
+from nextvec.config import AutoregressiveHeadConfig, BackboneConfig, CalmConfig, CategoricalHeadConfig, EnergyHeadConfig
 
-WAVES = 256  # numbers in the time embedding of the flow and diffusion heads
+WAVES = 256  # numbers in the time embedding of the flow, diffusion and categorical heads
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class HeadCost:
     vocabulary_once: float = 0  # products with the head's own vocabulary matrix
     vocabulary_per_draw: float = 0
     trained_vocabulary: float = 0
+    trained_vocabulary_per_draw: float = 0
 
 
 def head_cost(config: CalmConfig, split: bool) -> HeadCost:
@@ -52,11 +53,40 @@ def head_cost(config: CalmConfig, split: bool) -> HeadCost:
         )
     time, modulation = WAVES * D + square, 3 * head.blocks * square + 2 * square
     body = L * D + 2 * head.blocks * square + D * _outputs(config)
+    if isinstance(head, CategoricalHeadConfig):
+        return _categorical_cost(config, head, split, time + modulation, body)
     if not split:
         one = 2 * (square + time + modulation + body)
         return HeadCost(0, head.evaluations * one, 0, one)
     once, per_draw = square + head.evaluations * (time + modulation), head.evaluations * body
     return HeadCost(2 * once, 2 * per_draw, 2 * square, 2 * (time + modulation + body))
+
+
+def _categorical_cost(
+    config: CalmConfig, head: CategoricalHeadConfig, split: bool, signal: float, body: float
+) -> HeadCost:
+    """At time 0 the state alone speaks: without the network, and once for all draws of a position.
+
+    Each pass weighs the codes with the probabilities, a second product with the vocabulary; training does not.
+    """
+    D, K, V, E = config.backbone.width, config.patch_size, config.vocab_size, config.autoencoder.span_latent
+    state, logits = K * D * D + D * D, K * V * (D + E + 1)
+    weighted, more = logits + K * V * E, head.evaluations - 1
+    trained = {
+        "trained_once": 2 * state,
+        "trained_per_draw": 2 * (signal + body),
+        "trained_vocabulary_per_draw": 2 * logits,
+    }
+    if not split:
+        each = state + more * (signal + body)
+        return HeadCost(0, 2 * each, vocabulary_per_draw=2 * head.evaluations * weighted, **trained)
+    return HeadCost(
+        2 * (state + more * signal),
+        2 * more * body,
+        vocabulary_once=2 * weighted,
+        vocabulary_per_draw=2 * more * weighted,
+        **trained,
+    )
 
 
 def head_parameters(config: CalmConfig) -> int:
@@ -75,6 +105,8 @@ def head_parameters(config: CalmConfig) -> int:
     ends = (
         L * D + D + WAVES * D + D + 2 * linear + 2 * linear + D * outputs + outputs
     )  # noisy latent, time, state; output
+    if isinstance(head, CategoricalHeadConfig):
+        ends += D * outputs + outputs + D + config.vocab_size * D  # slots of the state, norm, vocabulary
     return head.blocks * (2 * D + 2 * linear + 3 * linear) + ends
 
 
@@ -86,5 +118,7 @@ def backbone_operations(config: BackboneConfig, context: int) -> tuple[float, fl
 
 
 def _outputs(config: CalmConfig) -> int:
-    """Numbers that the network of the flow or diffusion head gives for a latent."""
+    """Numbers that the network of the flow, diffusion or categorical head gives for a latent."""
+    if config.head.kind == "categorical":
+        return config.patch_size * config.backbone.width
     return config.autoencoder.latent * (2 if config.head.kind == "diffusion" else 1)
