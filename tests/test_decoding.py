@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nextvec.config import AutoencoderConfig
+from nextvec.model import vocabulary as vocabulary_module
 from nextvec.model.autoencoder import Autoencoder
-from nextvec.model.packed import PackedLinear, can_pack, has_bf16_products, pack_linears
+from nextvec.model.packed import PackedLinear, can_pack, has_bf16_products, integer_product, integer_steps, pack_linears
 from nextvec.model.vocabulary import Vocabulary
 from nextvec.sampling.pools import choose_patch, count_latents, decode_beginning
 from nextvec.sampling.temperature import batch_temperature, count_equal
@@ -45,7 +47,8 @@ def test_the_argmax_is_that_of_exact_logits(dtype: torch.dtype, size: int, width
         rows = torch.cat((rows, 1e-3 * rows[:20], 1e3 * rows[:20], torch.zeros(2, width))).to(dtype)
         vocabulary = Vocabulary(weight)
         assert torch.equal(vocabulary.argmax(rows), exact(rows, weight))
-        assert torch.equal(vocabulary.argmax(rows[:1]), exact(rows[:1], weight))
+        for few in (1, 3, 8, 9):
+            assert torch.equal(vocabulary.argmax(rows[-few:]), exact(rows[-few:], weight))
         assert vocabulary.argmax(rows[:0]).shape == (0,)
 
 
@@ -63,7 +66,10 @@ def test_autocast_does_not_round_the_logits(size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_and_near_ties_are_settled_exactly(dtype: torch.dtype) -> None:
-    """Rows halfway between two tokens, equal tokens, and gaps far below bf16: the lowest id of the largest logit."""
+    """Rows halfway between two tokens, equal tokens, and gaps far below bf16: the lowest id of the largest logit.
+
+    Also where a few rows are asked for at a time, whose logits are all computed.
+    """
     g = seeded()
     weight = torch.randn(8192, 128, generator=g)
     weight[4096:] = weight[:4096]  # each token twice
@@ -71,10 +77,13 @@ def test_ties_and_near_ties_are_settled_exactly(dtype: torch.dtype) -> None:
     weight = weight.to(dtype)
     rows = (weight[:200].float() + weight[200:400].float()).to(dtype)
     rows = torch.cat((rows, weight[:100], weight[4096:4196], weight[7000:7100]))
-    found = Vocabulary(weight).argmax(rows)
+    vocabulary = Vocabulary(weight)
+    found = vocabulary.argmax(rows)
+    if vocabulary.quick:
+        assert torch.equal(torch.cat([vocabulary.argmax(few) for few in rows.split(7)]), found)
     logits = rows.double() @ weight.double().T
     off = (logits.amax(1) - logits.gather(1, found[:, None])[:, 0]).max()
-    assert off < (1e-12 if has_bf16_products() else 1e-4)  # float64 sums differ by their order
+    assert off < (1e-12 if vocabulary.quick else 1e-4)  # float64 sums differ by their order
     if dtype == torch.bfloat16 and has_bf16_products():
         plain = (rows @ weight.T).argmax(-1)
         assert not torch.equal(plain, found)  # rounded logits do not settle them: the check above means something
@@ -218,3 +227,44 @@ def test_layers_that_cannot_be_packed_stay() -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     pack_linears(net)
     assert type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(("most", "dtype"), [(127, torch.bfloat16), (127, torch.float32), (63, torch.float32)])
+def test_bounds_by_integers_hold_on_every_kind_of_processor(
+    most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product itself is replaced by an exact one, so that all three are tried wherever this runs."""
+
+    def product(steps_OI: Tensor, scale_O: Tensor, most: int) -> Callable[[Tensor], Tensor]:
+        def bounds(q_NI: Tensor) -> Tensor:
+            assert q_NI.abs().max() == most
+            assert torch.equal(q_NI, q_NI.round())
+            return (q_NI.double() @ steps_OI.double().T * scale_O.double()).to(dtype)
+
+        return bounds
+
+    monkeypatch.setattr(vocabulary_module, "integer_steps", lambda: most)
+    monkeypatch.setattr(vocabulary_module, "integer_product", product)
+    g = seeded()
+    weight = decaying(8200, 128, g)
+    near = weight[torch.randint(8200, (300,), generator=g)]
+    rows = torch.cat((near + 0.2 * torch.randn(300, 128, generator=g), near[:50] + near[50:100], weight[8190:]))
+    vocabulary = Vocabulary(weight)
+    assert vocabulary.quick
+    assert torch.equal(vocabulary.argmax(rows), exact(rows, weight))
+    pairs = len(vocabulary._bound.pairs(rows, rows.norm(dim=1), vocabulary._logit)[0])
+    assert pairs < 30 * len(rows)  # bounds that let everything through would hold as well
+
+
+def test_integer_products_are_exact_at_their_largest_numbers() -> None:
+    """Sums of 512 products of the largest numbers, of either sign: what saturates on processors without VNNI."""
+    most = integer_steps()
+    if not most:
+        return
+    steps = torch.full((40, 512), 127, dtype=torch.int8)
+    steps[1::2] = -127
+    steps[2::4, ::3] = 5
+    rows = torch.full((9, 512), float(most))
+    rows[::2] = -most
+    found = integer_product(steps, torch.ones(40), most)(rows)
+    assert torch.equal(found, (rows.double() @ steps.double().T).to(found.dtype))

@@ -69,27 +69,39 @@ def has_bf16_products() -> bool:
 
 
 @functools.cache
-def has_integer_products() -> bool:
-    """True where products of 8-bit integers have instructions of their own (VNNI), and this torch gives exact sums by them."""
-    if not torch.cpu._is_vnni_supported() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return False
-    steps = torch.tensor([[127, -127, 3], [127, 127, 127]] * 8, dtype=torch.int8).repeat(1, 16)
+def integer_steps() -> int:
+    """The largest whole number in a row of a product with 8-bit integers that is fast and exact here; 0 where there is none.
+
+    127 where a processor has instructions for it (VNNI). One with AVX2 alone adds two products in 16 bits, which up to 63
+    are exact. This torch is asked whether its sums are.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or platform.machine().lower() not in ("x86_64", "amd64"):
+        return 0
+    most = 127 if torch.cpu._is_vnni_supported() else 63 if torch.cpu._is_avx2_supported() else 0
+    if not most:
+        return 0
+    steps = torch.tensor([[127, -127, 3], [127, 127, 127], [-127, -127, -127]] * 8, dtype=torch.int8).repeat(1, 16)
+    rows = steps.float().clamp(-most, most)
     try:
-        found = integer_product(steps, torch.ones(len(steps)))(steps.float()).float()
+        found = integer_product(steps, torch.ones(len(steps)), most)(rows)
     except RuntimeError:
-        return False
-    return torch.equal(found, (steps.float() @ steps.float().T).bfloat16().float())
+        return 0
+    return most if torch.equal(found, (rows @ steps.float().T).to(found.dtype)) else 0
 
 
-def integer_product(steps_OI: Tensor, scale_O: Tensor) -> Callable[[Tensor], Tensor]:
-    """q -> scale * (q . steps) in bf16 for whole numbers q of at most 127, (N, I) -> (N, O); the sum is exact."""
+def integer_product(steps_OI: Tensor, scale_O: Tensor, most: int) -> Callable[[Tensor], Tensor]:
+    """q -> scale * (q . steps) for whole numbers q of at most `most`, (N, I) -> (N, O); the sum is exact.
+
+    In bf16, or float32 on a processor without it, where rounding the result to bf16 takes longer than the product.
+    """
     packed = torch.ops.onednn.qlinear_prepack(steps_OI, None)
     zero = torch.zeros(len(steps_OI), dtype=torch.int32)
+    dtype = torch.bfloat16 if has_bf16_products() else torch.float32
 
     def product(q_NI: Tensor) -> Tensor:
-        shifted = (q_NI + 128).to(torch.uint8)
+        shifted = (q_NI + (most + 1)).to(torch.uint8)
         found: Tensor = torch.ops.onednn.qlinear_pointwise(
-            shifted, 1.0, 128, packed, scale_O, zero, None, 1.0, 0, torch.bfloat16, "none", [], ""
+            shifted, 1.0, most + 1, packed, scale_O, zero, None, 1.0, 0, dtype, "none", [], ""
         )
         return found
 

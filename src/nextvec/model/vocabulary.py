@@ -3,12 +3,13 @@
 argmax_v w_v . x over a vocabulary of V rows needs no logit but the largest. One cheap product bounds every logit from above; only
 tokens whose bound reaches a logit that is known can win: a few per row, which are then computed in float32 and, where that
 cannot separate them either, in float64. The answer is that of float64 logits of the same hidden states, ties to the lowest id.
-Where a matrix is small, or a processor has no bf16 products, all logits are computed, in float32 or wider.
+Where a matrix is small, or a processor has products of neither kind below, all logits are computed, in float32 or wider.
 
-The bound. In units of a row's scale s, x = s (q + r) with q the nearest whole numbers, of at most 127; each token w = t p + e
-likewise. By Cauchy-Schwarz  w . x / s <= t (p . q) + |e| |q| + |w| |r|,  one product of 8-bit integers, whose sum is exact, at
-twice the speed of a bf16 product. Where a processor has no such instructions it is the bf16 product of rounded x' and w', and
-|w . x - w' . x'| <= |w - w'| |x'| + |w| |x - x'| + accumulation. Results are rounded to bf16, u = 2^-8.
+The bound. In units of a row's scale s, x = s (q + r) with q the nearest whole numbers, of at most 127 (63 without VNNI); each
+token w = t p + e likewise, of at most 127. By Cauchy-Schwarz  w . x / s <= t (p . q) + |e| |q| + |w| |r|,  one product of 8-bit
+integers, whose sum is exact, at twice the speed of a bf16 product, and of a float32 product where there is no VNNI. Where a
+processor has only bf16 products it is that of rounded x' and w', and
+|w . x - w' . x'| <= |w - w'| |x'| + |w| |x - x'| + accumulation. Results are rounded to bf16 or float32, relative unit u.
 
 Legend: N rows, D width, V vocabulary, C classes of tokens with equal id modulo C, G tokens in a class, M pairs
 of a row and a token.
@@ -22,13 +23,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nextvec.model.packed import can_pack, has_bf16_products, has_integer_products, integer_product, pack, packed_linear
+from nextvec.model.packed import can_pack, has_bf16_products, integer_product, integer_steps, pack, packed_linear
 
 CHUNK_ELEMENTS = 1 << 22  # bounds in memory at once: 8 MiB in bf16, which a processor's cache holds
 WORTH = {torch.bfloat16: 1 << 18, torch.float32: 1 << 20}  # elements of a matrix from which bounds pay, by its dtype
+FEW = 8  # rows at most for which all float32 logits cost less than bounds, without VNNI
 CLASS = 64  # tokens of a class: the largest bound of each is looked at, and single ones only in classes that matter
 MOST = 127  # of an 8-bit integer
-UNIT = 2.0**-8  # rounding of bf16, relative
+UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22}  # rounding of a result, relative
 TINY = 2.0**-24  # of float32
 LogitOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states (N, D), rows and tokens of M pairs -> their logits
 
@@ -36,19 +38,22 @@ LogitOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states (N, D), ro
 class Vocabulary:
     """A decoder's output matrix (V, D), made ready once for `argmax`.
 
-    Large ones on a processor with bf16 products by bounds, as above; others by all logits in float32 or wider.
+    Large ones on a processor with products of low precision by bounds, as above; others, or all without `quick`, by all
+    logits in float32 or wider.
     """
 
-    def __init__(self, weight_VD: Tensor) -> None:
+    def __init__(self, weight_VD: Tensor, quick: bool = True) -> None:
         self.weight = weight_VD.detach()
         size, width = self.weight.shape
         worth = size * width >= WORTH.get(self.weight.dtype, math.inf)
-        self.quick = worth and self.weight.device.type == "cpu" and has_bf16_products()
+        able = self.weight.device.type == "cpu" and (integer_steps() > 0 or has_bf16_products())
+        self.quick = quick and worth and able
         if not self.quick:
             self._wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).T
             return
         self._norm = float(self.weight.float().norm(dim=1).max())
         self._bound = _Bound(self.weight)
+        self._few = FEW if self.weight.dtype == torch.float32 and self._bound.most < MOST else 0
 
     def argmax(self, x_ND: Tensor) -> Tensor:
         """The token (N,) with the largest logit for hidden states (N, D), the same inside autocast, which is left out here."""
@@ -56,19 +61,39 @@ class Vocabulary:
             return torch.zeros(0, dtype=torch.int64, device=x_ND.device)
         rows = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
         with torch.autocast(x_ND.device.type, enabled=False):
-            return torch.cat([self._quick(x) if self.quick else self._plain(x) for x in x_ND.split(rows)])
+            if len(x_ND) <= rows:
+                return self._chunk(x_ND)
+            return torch.cat([self._chunk(x) for x in x_ND.split(rows)])
+
+    def _chunk(self, x_ND: Tensor) -> Tensor:
+        if not self.quick:
+            return self._plain(x_ND)
+        return self._all(x_ND) if len(x_ND) <= self._few else self._quick(x_ND)
 
     def _plain(self, x_ND: Tensor) -> Tensor:
         """By all logits."""
         return (x_ND.to(self._wide.dtype) @ self._wide).argmax(-1)
+
+    def _all(self, x_ND: Tensor) -> Tensor:
+        """By all float32 logits of a few rows, by bounds where these do not settle it. W x is twice as fast as x W for 4 rows."""
+        wide_ND = x_ND.float()
+        logit_VN = self.weight @ wide_ND.T
+        best_N, token_N = logit_VN.max(0)
+        margin_N = self._margin(wide_ND, wide_ND.norm(dim=1))
+        if int((logit_VN >= best_N - margin_N).sum()) == len(x_ND):
+            return token_N
+        return self._quick(x_ND)
+
+    def _margin(self, x_ND: Tensor, norm_N: Tensor) -> Tensor:
+        """How far apart two float32 logits of a row may stand and be the other way round in truth."""
+        return 8 * x_ND.shape[1] * TINY * self._norm * norm_N
 
     def _quick(self, x_ND: Tensor) -> Tensor:
         size = self.weight.shape[0]
         wide_ND = x_ND.float()
         norm_N = wide_ND.norm(dim=1)
         row_M, token_M = self._bound.pairs(x_ND, norm_N, self._logit)
-        margin_N = 8 * x_ND.shape[1] * TINY * self._norm * norm_N
-        for dtype, margin in ((torch.float32, margin_N), (torch.float64, None)):
+        for dtype, margin in ((torch.float32, self._margin(x_ND, norm_N)), (torch.float64, None)):
             if len(row_M) == len(x_ND):
                 return token_M  # one token left in each row, and rows are in order
             logit_M = self._logit(x_ND, row_M, token_M, dtype)
@@ -91,12 +116,12 @@ class _Bound:
         wide = torch.cat((wide, wide[:1].expand(self._classes * CLASS - self._size, -1)))
         self._norm = float(wide.norm(dim=1).max())
         self._accumulation = 8 * wide.shape[1] * TINY
-        self._integers = has_integer_products()
-        if self._integers:
+        self.most = integer_steps()
+        if self.most:
             scale_V1 = (wide.abs().amax(1, keepdim=True) / MOST).clamp(min=1e-30)
             steps = (wide / scale_V1).round()
             self._error = float((wide - scale_V1 * steps).norm(dim=1).max())
-            self._product: Callable[[Tensor], Tensor] = integer_product(steps.to(torch.int8), scale_V1[:, 0])
+            self._product: Callable[[Tensor], Tensor] = integer_product(steps.to(torch.int8), scale_V1[:, 0], self.most)
         else:
             rounded = wide.bfloat16()
             self._error = float((wide - rounded.float()).norm(dim=1).max())
@@ -106,8 +131,8 @@ class _Bound:
     def pairs(self, x_ND: Tensor, norm_N: Tensor, logit: LogitOf) -> tuple[Tensor, Tensor]:
         """The pairs (row, token) that can have their row's largest logit, rows in order, at least one each."""
         wide = x_ND.float()
-        if self._integers:
-            scale_N1 = (wide.abs().amax(1, keepdim=True) / MOST).clamp(min=1e-30)
+        if self.most:
+            scale_N1 = (wide.abs().amax(1, keepdim=True) / self.most).clamp(min=1e-30)
             near = (wide / scale_N1).round()
             bound_NV = self._product(near)
             near = scale_N1 * near
@@ -125,9 +150,10 @@ class _Bound:
         token_N = (place_N * self._classes + class_N).clamp_(max=self._size - 1)
         known_N = logit(x_ND, every, token_N) - self._accumulation * self._norm * norm_N
         slack_N = self._error * near.norm(dim=1) + self._norm * (wide - near).norm(dim=1)
-        slack_N = (1 + UNIT) * slack_N + self._accumulation * self._norm * norm_N
+        unit = UNIT[bound_NV.dtype]
+        slack_N = (1 + unit) * slack_N + self._accumulation * self._norm * norm_N
         known_N, slack_N = known_N / scale_N, slack_N / scale_N
-        slack_N += 1.05 * UNIT * torch.maximum(best_N.abs(), known_N.abs())  # bounds that matter lie between the two
+        slack_N += 1.05 * unit * torch.maximum(best_N.abs(), known_N.abs())  # bounds that matter lie between the two
         floor_N = known_N - slack_N
         row_M, class_M = (top_NC >= floor_N[:, None]).nonzero(as_tuple=True)
         if len(row_M) == len(x_ND) == 1:
