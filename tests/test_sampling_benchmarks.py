@@ -104,3 +104,10 @@ def test_accuracy_against_collision(demo: Path, tmp_path: Path) -> None:
     assert points["noise", 0.0]["pair_collision"] == 1  # without noise all draws are one
     assert all(value > 0 for value in found["milliseconds"].values())
     assert (tmp_path / "figure.svg").read_text().count("<svg") == 1
+
+
+def test_the_speed_of_the_vocabulary(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark("vocabulary_speed")([str(demo / "calm"), "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"V = {VOCAB}, width 16; by bounds: no"
+    assert [line.split(" rows: bounds ")[0].strip() for line in lines[1:]] == ["4", "50", "200"]
