@@ -112,6 +112,8 @@ def test_text_beyond_the_context_of_training_is_told(
         (["calm", "--temperature", 1.5], "temperature must be in (0, 1]; got 1.5: "),
         (["calm", "--temperature", 0.1, "--candidates", 9], "temperature 0.1 needs at least 10 candidates"),
         (["calm", "--max-tokens", 0], "max_tokens must be at least 1; got 0"),
+        (["calm", "--max-tokens", 10**8], "max_tokens must be at most 1,000,000; got 100,000,000: memory holds"),
+        (["calm", "--candidates", 10**11], "candidates must be at most 100,000; got 100,000,000,000: memory holds"),
         (["calm", "--device", "tpu"], "device must be one of auto, cpu, cuda, mps; got 'tpu'"),
         (["calm", "--top-k", 5], "top_k cuts the probabilities of the next token, which a CALM does not have"),
         (["calm", "--top-p", 0.5], "top_p cuts the probabilities of the next token, which a CALM does not have"),

@@ -169,7 +169,7 @@ def _engine(
     if context is not None and longest > context and not slide:
         raise UserError(
             f"a prompt has {longest:,} tokens, and the model was trained to read {context:,}: shorten it, or let the window "
-            "slide over its end"
+            "slide over its end (--slide, slide=True)"
         )
     capacity = max(2, inputs_needed(longest, settings.max_tokens, model.patch_size))
     if slide and context is not None:

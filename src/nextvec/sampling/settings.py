@@ -14,6 +14,7 @@ from nextvec.sampling.temperature import check_pool, check_temperature
 Finish = Literal["eos", "length", "stop"]  # the model ended the text, max_tokens was reached, a stop string appeared
 
 Method = Literal["pool", "centre"]  # the batch sampler; decode the mean of the candidates' latents (approximate.py)
+MOST = {"candidates": 100_000, "max_tokens": 1_000_000}  # all of a pool, and all keys and values, are in memory at once
 CANDIDATES: dict[Method, int] = {"pool": 200, "centre": 8}  # where none are given [P; docs/sampling.md]
 
 
@@ -50,6 +51,10 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1; got {value}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                given = getattr(self, name)
+                raise UserError(f"{name} must be at most {most:,}; got {given:,}: memory holds all at once, take fewer")
         if self.method not in get_args(Method):
             raise UserError(f"method must be one of {', '.join(get_args(Method))}; got {self.method!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
