@@ -191,7 +191,7 @@ def text_of_or_none(server: Running) -> str | None:
 
 
 BAD: list[tuple[bytes, int, str]] = [
-    (b"", 400, "the body: field required"),
+    (b"", 400, "the body must be a JSON object"),
     (b"{", 400, "the body is not valid JSON"),
     (b'{"model": "calm", "prompt": "\xff"}', 400, "the body must be a JSON object in UTF-8"),
     (b"[1, 2]", 400, "the body: input should be"),

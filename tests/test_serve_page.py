@@ -66,6 +66,8 @@ def test_text_streams_and_a_patch_tells_its_vote(browser: Tab, server: Running) 
     assert sum(votes) == 60
     assert page.run("document.querySelectorAll('#vote tr.chosen').length") == 1
     assert page.run("document.querySelectorAll('.strip rect').length") == 8
+    spelled = [page.run(f"quoted({text})") for text in (r"' a  b\n  '", "''")]
+    assert spelled == ["␣a  b\\n␣␣", "(nothing)"], "spaces at an end are seen"
     assert page.run("document.querySelectorAll('.plot > *').length") == 61  # and a ring
     page.click("#baseline-2")
     assert "needs no candidates" in page.run("document.querySelector('#detail-words').textContent")

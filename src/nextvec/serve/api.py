@@ -29,6 +29,12 @@ from nextvec.serve.reply import Reply
 from nextvec.serve.settings import ServeSettings
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # one of a stream
+SEVERAL = {  # fields of several types
+    "prompt": "text, token ids (0 or more), or a list of either",
+    "stop": "a text or a list of texts",
+    "logprobs": "left out, or false",
+    "content": "text or a list of parts of the type text",
+}
 STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 
 
@@ -56,7 +62,7 @@ def build_app(models: Mapping[str, Served], settings: ServeSettings, metrics: Me
             outside,
             allow_origins=settings.origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["x-request-id", "x-nextvec-seed", "retry-after"],
         )
     return outside
@@ -65,7 +71,7 @@ def build_app(models: Mapping[str, Served], settings: ServeSettings, metrics: Me
 def _add_state(app: FastAPI, models: Mapping[str, Served], metrics: Metrics) -> None:
     html, policy = page()
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def show_page() -> Response:
         headers = {
             "content-security-policy": policy,
@@ -74,6 +80,7 @@ def _add_state(app: FastAPI, models: Mapping[str, Served], metrics: Metrics) -> 
         }
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=schema.Health, responses={503: {"model": schema.Health}})
     async def health() -> Response:
         alive = all(served.worker.alive for served in models.values())
@@ -165,12 +172,13 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def mistaken(request: Request, error: Exception) -> Response:
-        return ApiError(400, str(error)).response()
+        word = str(error).partition(" ")[0]  # what is wrong, where it is a field
+        return ApiError(400, str(error), param=word if word in schema.Drawing.model_fields else None).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _sentence(error).response()
+        return _sentence(error, request.headers.get("content-type", "")).response()
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: Exception) -> Response:
@@ -185,16 +193,25 @@ def _add_errors(app: FastAPI) -> None:
         return ApiError(500, f"the server failed at this request ({secrets.token_hex(4)}); its log says how").response()
 
 
-def _sentence(error: RequestValidationError) -> ApiError:
-    """The first mistake: where and what. A union's members all complain; the first says enough."""
+def _sentence(error: RequestValidationError, sent_as: str) -> ApiError:
+    """The first mistake: where and what. Of a field that takes several types each complains: then it says all of them."""
     first = error.errors()[0]
+    if len(first["loc"]) == 1 and "json" not in sent_as:
+        return ApiError(400, f"the body is read as JSON: send content-type: application/json; got {sent_as[:100]!r}")
+    if len(first["loc"]) == 1:
+        return ApiError(400, "the body must be a JSON object")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}")
-    where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained")))
+    path = [str(part) for part in first["loc"][1:]]
+    of_several = next((number for number, part in enumerate(path[:-1]) if part in SEVERAL), None)
+    if of_several is not None:
+        where = ".".join(path[: of_several + 1])
+        return ApiError(400, f"{where} must be {SEVERAL[path[of_several]]}", param=where)
+    where = ".".join(path)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"there is no field {where!r} here: leave it out", param=where, code="unknown_parameter")
     message = first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(400, f"{where or 'the body'}: {message}", param=where or None)
+    return ApiError(400, f"{where}: {message}", param=where)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -82,5 +82,13 @@ def _load(
     assert isinstance(model, Calm | TokenLM)
     assert isinstance(tokenizer, TextTokenizer)
     context = settings.context_tokens or model.context_tokens or UNKNOWN_CONTEXT
-    worker = Worker(name, model, tokenizer, settings, metrics, context)
+    try:
+        worker = Worker(name, model, tokenizer, settings, metrics, context)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise ConfigError(
+            f"{name} does not fit into memory with room for {settings.slots:,} texts of {context:,} tokens: lower --slots or "
+            "--context-tokens"
+        ) from None
     return Served(name, model, tokenizer, find_template(path), worker, context, int(time.time()))

@@ -154,7 +154,9 @@ class Pane {
   }
 }
 
-const quoted = (text) => JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll("\\\\", "\\") || "(nothing)";
+// Line breaks spelled, and spaces at an end shown: two patches may differ by nothing else.
+const quoted = (text) => JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll("\\\\", "\\")
+  .replace(/^ +| +$/g, (spaces) => "\u2423".repeat(spaces.length)) || "(nothing)";
 const percent = (share) => share >= 0.0995 ? `${(100 * share).toFixed(0)} %` : `${(100 * share).toFixed(1)} %`;
 const colour = (index) => index >= 0 && index < COLOURS ? `var(--c${index})` : "var(--other)";
 

@@ -22,13 +22,15 @@ METHOD = (
 CANDIDATES = (
     "Draws behind each patch of a CALM: in a pool below temperature 1, default 200; averaged by centre, default 8"
 )
+WHOLE = "it changes the likelihoods of tokens, and patches are drawn whole; token models answer here as CALMs do"
+UNKNOWN = "a patch that is drawn as a vector has no likelihood, and token models answer here as CALMs do"
 NOTHING: dict[str, tuple[tuple[Any, ...], str]] = {  # values that ask for nothing, and why others cannot be had
     "best_of": ((1,), "texts have no likelihood to be ranked by: ask for n texts and choose"),
-    "frequency_penalty": ((0,), "it changes the likelihoods of tokens, and patches are drawn whole"),
-    "presence_penalty": ((0,), "it changes the likelihoods of tokens, and patches are drawn whole"),
-    "logit_bias": (({},), "it changes the likelihoods of tokens, and patches are drawn whole"),
-    "logprobs": ((False,), "a patch that is drawn as a vector has no likelihood"),
-    "top_logprobs": ((), "a patch that is drawn as a vector has no likelihood"),
+    "frequency_penalty": ((0,), WHOLE),
+    "presence_penalty": ((0,), WHOLE),
+    "logit_bias": (({},), WHOLE),
+    "logprobs": ((False,), UNKNOWN),
+    "top_logprobs": ((), UNKNOWN),
     "suffix": (("",), "the models read text from left to right"),
     "tools": (([],), "the models were not trained to call tools"),
     "tool_choice": (("none", "auto"), "the models were not trained to call tools"),

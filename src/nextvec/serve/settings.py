@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 
 from nextvec.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")  # as browsers send it
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,14 @@ class ServeSettings:
             raise ConfigError(f"context_tokens must be at least 1; got {self.context_tokens}")
         if self.api_key is not None and not self.api_key:
             raise ConfigError("the API key is empty: give one of some length, or leave it out")
-        if self.drain_seconds < 0:
-            raise ConfigError(f"the seconds to drain must not be negative; got {self.drain_seconds:g}")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise ConfigError(f"the seconds to drain must be a number of at least 0; got {self.drain_seconds:g}")
+        for origin in self.origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"an origin is written scheme://host or scheme://host:port, without a path or a slash at the end, or * for "
+                    f"all; got {origin!r}"
+                )
 
     @property
     def rows(self) -> int:

@@ -1,0 +1,128 @@
+"""What clients meet that are nearly right: every mistake is told by its field, and what clients' libraries send is taken."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextvec.errors import ConfigError
+from nextvec.serve.settings import ServeSettings
+from serving import Running, read_answer, running, save_runs
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(origins=("http://a.example:3000",)) as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"prompt": {"a": 1}}, "prompt", "prompt must be text, token ids (0 or more), or a list of either"),
+        ({"prompt": ["a", 3]}, "prompt", "prompt must be text, token ids (0 or more), or a list of either"),
+        ({"prompt": [1, -3]}, "prompt", "prompt must be text, token ids (0 or more), or a list of either"),
+        ({"prompt": "a", "stop": 3}, "stop", "stop must be a text or a list of texts"),
+        ({"prompt": "a", "logprobs": "all"}, "logprobs", "logprobs must be left out, or false"),
+        ({"prompt": "a", "temperature": 0}, "temperature", "temperature must be in (0, 1]; got 0"),
+        ({"prompt": "a", "top_p": 0.9}, "top_p", "top_p cuts the probabilities of the next token"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens: input should be greater than or equal to 1"),
+        ({}, "prompt", "prompt: field required"),
+        ([], None, "the body must be a JSON object"),
+    ],
+)
+def test_a_mistake_is_told_by_its_field(server: Running, body: Any, param: str | None, said: str) -> None:
+    asked = {"model": "calm", **body} if isinstance(body, dict) else body
+    status, _, answer = read_answer(server.post("/v1/completions", asked))
+    error = json.loads(answer)["error"]
+    assert (status, error["param"]) == (400, param)
+    assert error["message"].startswith(said)
+
+
+def test_a_part_of_a_chat_is_told_by_its_place(server: Running) -> None:
+    asked = {"model": "calm", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}
+    status, _, answer = read_answer(server.post("/v1/chat/completions", asked))
+    error = json.loads(answer)["error"]
+    assert (status, error["param"]) == (400, "messages.0.content")
+    assert error["message"] == "messages.0.content must be text or a list of parts of the type text"
+
+
+@pytest.mark.parametrize("sent_as", ["application/x-www-form-urlencoded", ""])
+def test_a_body_that_does_not_say_json_is_told_how(server: Running, sent_as: str) -> None:
+    """As `curl -d` sends it."""
+    made = http.client.HTTPConnection(*server.address)
+    headers = {"content-type": sent_as} if sent_as else {}
+    made.request("POST", "/v1/completions", b'{"model": "calm", "prompt": "a"}', headers)
+    answer = made.getresponse()
+    error = json.loads(answer.read())["error"]
+    made.close()
+    assert answer.status == 400
+    assert error["message"] == f"the body is read as JSON: send content-type: application/json; got {sent_as!r}"
+
+
+def test_what_cannot_be_had_of_a_token_model_is_not_blamed_on_vectors_alone(server: Running) -> None:
+    asked = {"model": "baseline", "prompt": "a", "logprobs": 3}
+    _, _, answer = read_answer(server.post("/v1/completions", asked))
+    assert json.loads(answer)["error"]["message"].endswith("token models answer here as CALMs do")
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_probes_may_ask_for_the_head_alone(server: Running, path: str) -> None:
+    made = http.client.HTTPConnection(*server.address)
+    for method in ("HEAD", "GET", "HEAD"):  # on one connection: no body is left over
+        made.request(method, path)
+        answer = made.getresponse()
+        body = answer.read()
+        assert (answer.status, bool(body)) == (200, method == "GET")
+    made.close()
+
+
+def test_a_page_of_an_allowed_origin_may_send_the_headers_of_openais_client(server: Running) -> None:
+    made = http.client.HTTPConnection(*server.address)
+    wanted = "authorization,content-type,x-stainless-lang,x-stainless-os,x-stainless-retry-count,x-stainless-timeout"
+    for origin, status in (("http://a.example:3000", 200), ("http://a.example", 400)):
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wanted}
+        made.request("OPTIONS", "/v1/completions", headers=headers)
+        answer = made.getresponse()
+        answer.read()
+        assert answer.status == status
+        if status == 200:
+            assert answer.getheader("access-control-allow-headers") == wanted
+    made.close()
+
+
+@pytest.mark.parametrize("origin", ["a.example", "http://a.example/", "http://a.example/page", "", "http:// a"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ConfigError, match=r"an origin is written scheme://host or scheme://host:port, without a path"):
+        ServeSettings(origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "null", "http://localhost:3000", "https://a.example", "chrome-extension://abc"]
+)
+def test_origins_that_browsers_send_are_taken(origin: str) -> None:
+    assert ServeSettings(origins=(origin,)).origins == (origin,)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_seconds_to_drain_are_a_number(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="the seconds to drain must be a number of at least 0; got"):
+        ServeSettings(drain_seconds=seconds)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--slots", "100000000000"), ("--context-tokens", "1000000000000")])
+def test_more_room_than_memory_is_one_sentence(tmp_path: Path, flag: str, value: str) -> None:
+    from typer.testing import CliRunner
+
+    from nextvec.cli import app, commands  # noqa: F401  (registers the verbs)
+
+    run = save_runs(tmp_path) / "train"
+    found = CliRunner().invoke(app, ["serve", str(run), "--port", "0", flag, value])
+    assert isinstance(found.exception, ConfigError), found.exception
+    assert "train does not fit into memory with room for" in str(found.exception)
+    assert "lower --slots or --context-tokens" in str(found.exception)
