@@ -25,6 +25,7 @@ from nextvec.text.shards import Manifest, TokenShards, shard_dtype
 from nextvec.text.tokenizer import byte_tokenizer
 from nextvec.text.writing import ShardWriter
 from nextvec.train.compile import compile_blocks
+from nextvec.train.data import moved
 from nextvec.train.noise import TRAIN, generator_for
 from nextvec.train.objectives import build_objective
 from nextvec.train.optim import make_optimizer, rate_factor
@@ -93,8 +94,7 @@ class TrainStep:
             for micro in range(settings.accumulate):
                 self.mark(DATA)
                 number = self.step * settings.accumulate + micro
-                ids_BT = self.batches.batch(number)
-                ids_BT = ids_BT.to(self.device, non_blocking=True)
+                ids_BT = moved(self.batches.batch(number), self.device)
                 self.mark(OTHER)
                 self._backward(ids_BT, number)
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 21  # logits in one chunk: 8 MiB in float32, small enough for a shared cache
+GPU_ELEMENTS = (
+    1 << 27
+)  # on a GPU, 512 MiB: small chunks would be launches and passes over the weight's gradient, little else
 LEAST_ROWS = 128  # of a chunk: each passes once over the weight's gradient, which is large where the vocabulary is
 
 
@@ -26,7 +29,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         with torch.autocast(hidden_ND.device.type, enabled=False), torch.no_grad():
             hidden, weight = hidden_ND.to(compute), weight_VD.to(compute)
-            rows = max(LEAST_ROWS, CHUNK_ELEMENTS // weight.shape[0])
+            rows = chunk_rows(weight)
             loss = torch.zeros((), dtype=wide, device=hidden.device)
             correct = torch.zeros((), dtype=wide, device=hidden.device)
             grad_hidden = torch.empty_like(hidden) if grad else None
@@ -58,6 +61,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         return (grad_hidden * grad_loss).to(hidden_dtype), (grad_weight * grad_loss).to(weight_dtype), None, None
+
+
+def chunk_rows(weight_VD: Tensor) -> int:
+    """Rows whose logits exist at once."""
+    elements = GPU_ELEMENTS if weight_VD.device.type == "cuda" else CHUNK_ELEMENTS
+    return max(LEAST_ROWS, elements // weight_VD.shape[0])
 
 
 def linear_cross_entropy(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nextvec.config import AutoencoderRun, CalmRun, RunConfig, TokenLMRun
@@ -40,6 +41,13 @@ class Data:
         for index in range(self.held_out_batches):
             assert self.held_out is not None
             yield self.held_out.batch(index)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch, of one tensor or a tuple of them, on `device`; a GPU fetches it from pinned memory, and the host goes on."""
+    if device.type == "cuda":
+        batch = batch.pin_memory() if isinstance(batch, Tensor) else type(batch)(*(part.pin_memory() for part in batch))
+    return batch.to(device, non_blocking=True)
 
 
 def data_folders(path: str | Path) -> tuple[Path, Path | None]:

@@ -6,7 +6,8 @@ one bit for bit on the same hardware and number of threads. Objectives must draw
 one is not saved.
 
 Under `torchrun` or `accelerate launch` the same step is shared among the processes (world.py); process 0 writes for all.
-The host waits for the device once a step, to see that the gradient is finite; a step whose is not changes nothing.
+A step whose loss or gradient is not finite changes nothing; a GPU sees to that by itself, and the host reads the figures of
+each step two steps later (outcomes.py).
 """
 
 from __future__ import annotations

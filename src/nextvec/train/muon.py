@@ -39,7 +39,11 @@ class Muon(torch.optim.Muon):
             gradients: list[Any] = []
             momenta: list[Any] = []
             self._init_group(group, parameters, gradients, momenta)
+            bad: Tensor | None = getattr(self, "found_inf", None)
             for parameter, gradient, buffer in zip(parameters, gradients, momenta, strict=True):
+                if bad is not None:
+                    _update_gated(group, parameter, gradient, buffer, bad > 0)
+                    continue
                 update = _momentum(group, gradient, buffer).to(iteration_dtype(parameter.device))
                 _apply(group, parameter.shape, parameter, orthogonal(group, update))
         return loss
@@ -73,6 +77,17 @@ def _apply(group: dict[str, Any], shape: torch.Size, rows: Tensor, direction: Te
     """Decay and step of a matrix of `shape`, or of the rows of it that lie here."""
     rows.mul_(1 - group["lr"] * group["weight_decay"])
     rows.add_(direction, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], shape))
+
+
+def _update_gated(group: dict[str, Any], matrix: Tensor, gradient: Tensor, buffer: Tensor, bad: Tensor) -> None:
+    """The update of one matrix, of which nothing is done where `bad`; otherwise the same bits."""
+    momentum, decay = group["momentum"], 1 - group["lr"] * group["weight_decay"]
+    gradient = gradient.masked_fill(bad, 0.0)
+    buffer.lerp_(gradient, torch.where(bad, 0.0, 1 - momentum).to(buffer.dtype))
+    update = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
+    direction = orthogonal(group, update.to(iteration_dtype(matrix.device)))
+    matrix.mul_(torch.where(bad, 1.0, decay).to(matrix.dtype))
+    matrix.add_(direction.masked_fill(bad, 0.0), alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], matrix.shape))
 
 
 class ShardedMuon(Muon):

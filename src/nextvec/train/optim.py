@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nextvec.config import OptimSettings
@@ -92,6 +93,23 @@ class MuonAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._share()
+
+
+@contextmanager
+def gated(optimizer: torch.optim.Optimizer, good: Tensor) -> Iterator[None]:
+    """Inside, a step of `optimizer` changes nothing if `good`, a 0-dim bool on its device, is false: the device looks.
+
+    By the attribute that torch's fused kernels read for gradient scaling, and `Muon` as well.
+    """
+    parts: Sequence[Any] = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
+    bad = good.logical_not().float()
+    for part in parts:
+        part.found_inf = bad
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.found_inf
 
 
 def rate_factor(step: int, progress: float, steps: int, settings: OptimSettings) -> float:

@@ -26,7 +26,8 @@ from nextvec.train import checkpoint, parts
 from nextvec.train.auxiliary import NextPatchTokens
 from nextvec.train.checkpoint import Checkpoint, Snapshot, TrainState
 from nextvec.train.compile import compile_regions_of
-from nextvec.train.optim import make_optimizer
+from nextvec.train.optim import gated, make_optimizer
+from nextvec.train.outcomes import steps_behind
 from nextvec.train.world import World, make_accelerator
 
 
@@ -45,6 +46,7 @@ class Whole:
     ) -> None:
         """batches: of this process in a step. found: the checkpoint to go on from, of either kind."""
         self.writes = world.first  # one process holds all there is
+        self.behind = steps_behind(device)
         self.accelerator = make_accelerator(device, precision, config, batches)
         self.bare = module.to(device).train()
         self.optimizer = make_optimizer(self.bare, config.optim)
@@ -66,9 +68,12 @@ class Whole:
         assert isinstance(norm, Tensor)
         return norm
 
-    def step(self, take: bool) -> None:
-        """Change the parameters, unless the step is not to be taken, and forget the gradient."""
-        if take:
+    def step(self, take: bool | Tensor) -> None:
+        """Change the parameters, unless the step is not to be taken, and forget the gradient; see `Outcomes.add`."""
+        if isinstance(take, Tensor):
+            with gated(self.optimizer, take):
+                self._stepper.step()
+        elif take:
             self._stepper.step()
         self._stepper.zero_grad()
 
@@ -116,7 +121,7 @@ class Sharded:
         found: Checkpoint | None,
     ) -> None:
         """As `Whole`; every process gives a module with the same parameters."""
-        self.writes = True
+        self.writes, self.behind = True, 0
         self._batches, self._device, self._precision = batches, device, precision
         self._group = dist.new_group(backend="gloo")  # checkpoints are written beside training, which has its own
         self.bare = module.train()
@@ -141,7 +146,8 @@ class Sharded:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def step(self, take: bool) -> None:
+    def step(self, take: bool | Tensor) -> None:
+        assert isinstance(take, bool), "the host waits for each step"
         if take:
             self.optimizer.step()
         self.optimizer.zero_grad()

@@ -17,7 +17,7 @@ from nextvec.hardware import Precision, choose_precision, matmul_rates, memory_i
 from nextvec.train import checkpoint
 from nextvec.train.anomalies import Detector
 from nextvec.train.compile import compile_blocks
-from nextvec.train.data import Data
+from nextvec.train.data import Data, moved
 from nextvec.train.flops import count_flops
 from nextvec.train.interface import Trainable, TrainResult
 from nextvec.train.interrupt import Interrupt
@@ -25,9 +25,10 @@ from nextvec.train.latents import Encoded
 from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row, read_metrics
 from nextvec.train.noise import EVALUATE, TRAIN, generator_for
 from nextvec.train.optim import rate_factor
+from nextvec.train.outcomes import Outcomes
 from nextvec.train.parallel import place
 from nextvec.train.progress import Display, duration
-from nextvec.train.tally import Tally, finite
+from nextvec.train.tally import Tally
 from nextvec.train.world import World
 from nextvec.train.writer import Writer
 
@@ -65,6 +66,7 @@ class Sitting:
         self.step, self.seconds, self.logged_step, self.logged_seconds = 0, 0.0, 0, 0.0
         self.cpu_seconds = 0.0
         self.tally = Tally()
+        self.outcomes = Outcomes(world, device, self.module.behind)
         self.anomalies = Detector.of(config)
         self.writer = Writer(
             lambda taken: self.module.write(out, taken, settings.keep_last, settings.keep_every),
@@ -141,7 +143,7 @@ class Sitting:
         sums: dict[str, Tensor] = {}
         for micro in self.part.batches:
             number = self.step * settings.accumulate + micro
-            batch = self._batch(number).to(self.device, non_blocking=True)
+            batch = moved(self._batch(number), self.device)
             generator = generator_for(settings.seed, number, TRAIN, self.device, self.part.part)
             with self.module.batch():
                 loss, metrics = self.objective.loss(batch, generator, progress)
@@ -150,13 +152,12 @@ class Sitting:
                 value = value.detach().float()
                 sums[name] = sums[name] + value if name in sums else value
         norm = self.module.clip(self.config.optim.clip)
-        self.module.step(take=self._count(sums, norm, interrupt))
+        self.module.step(take=self.outcomes.add(self.step + 1, sums, norm, self._told(interrupt)))
         self.step += 1
         self._tick()
         if self.world.size == 1:
             self.agreed_seconds = self.seconds
-        if self.tally.skipped_in_a_row:
-            self._say_skipped()
+        self._settle(all_of_them=False)
         self.writer.settle(wait=False)
         self.display.advance(self.step, self.seconds)
 
@@ -166,45 +167,42 @@ class Sitting:
             return self.data.train.batch(number)
         return self.data.train.batch(number, self.part.part, self.part.parts)
 
-    def _count(self, sums: dict[str, Tensor], norm: Tensor, interrupt: Interrupt) -> bool:
-        """Add up the metrics of all processes; whether the step may be taken. The one place where the host waits.
-
-        The gradient's norm is the same everywhere already. Interrupts travel along, and the clocks of process 0.
-        """
-        names = list(sums)
+    def _told(self, interrupt: Interrupt) -> tuple[float, ...]:
+        """What this process tells the others with its step: an interrupt, and the clocks of process 0."""
         if self.world.size == 1:
-            *values, norm_value = torch.stack([*sums.values(), norm.float()]).tolist()
-        else:
-            self._tick()
-            clocks = [self.seconds, float(self._save_is_late())] if self.world.first else [0.0, 0.0]
-            more = [float(interrupt.requested), *clocks]
-            mine = torch.tensor([*torch.stack(list(sums.values())).tolist(), *more], dtype=torch.float64)
-            *values, stop, self.agreed_seconds, save = self.world.total(mine.to(self.device)).tolist()
-            self.stopping, self.save_agreed, norm_value = stop > 0, save > 0, norm.item()
-        found = dict(zip(names, values, strict=True))
-        good = finite(found["loss"], norm_value)
-        if good:
-            batches = len(self.part.batches) * self.world.size
-            self.tally.good_step(found, batches, norm_value)
-        else:
-            self.tally.skipped_step()
-        return good
+            return ()
+        self._tick()
+        clocks = (self.seconds, float(self._save_is_late())) if self.world.first else (0.0, 0.0)
+        return (float(interrupt.requested), *clocks)
 
-    def _say_skipped(self) -> None:
+    def _settle(self, all_of_them: bool) -> None:
+        """Count the steps whose figures have come, or wait for all of them. Raises UserError as `_say_skipped`."""
+        for outcome in self.outcomes.read(all_of_them):
+            if outcome.shared:
+                stop, self.agreed_seconds, save = outcome.shared
+                self.stopping, self.save_agreed = stop > 0, save > 0
+            if outcome.good:
+                self.tally.good_step(outcome.sums, len(self.part.batches) * self.world.size, outcome.norm)
+            else:
+                self.tally.skipped_step()
+                self._say_skipped(outcome.step)
+
+    def _say_skipped(self, step: int) -> None:
         """Raises UserError when too many steps in a row had to be skipped."""
         limit = self.config.train.skip_limit
         if self.tally.skipped_in_a_row > limit:
             self.writer.settle(wait=True)
             raise UserError(
-                f"training stopped at step {self.step}: the loss or its gradient was not finite in {limit + 1} steps in a "
+                f"training stopped at step {step}: the loss or its gradient was not finite in {limit + 1} steps in a "
                 f"row; {self.writer.kept()}; train again with a lower optim.lr or a longer optim.warmup"
             )
         self.display.say(
-            f"step {self.step} was skipped: its loss or gradient is not finite ({self.tally.skipped_in_a_row} in a row, "
+            f"step {step} was skipped: its loss or gradient is not finite ({self.tally.skipped_in_a_row} in a row, "
             f"{self.tally.skipped} in all; training stops after train.skip_limit={limit} in a row)"
         )
 
     def _log(self) -> None:
+        self._settle(all_of_them=True)
         means = self.tally.take_means()
         self._tick()
         if not means:
@@ -277,6 +275,7 @@ class Sitting:
 
     def _save(self, last: bool) -> None:
         """Begin to write a checkpoint. When it cannot be written, training goes on, except after the last step."""
+        self._settle(all_of_them=True)
         if not self.module.writes:
             return
         if self.writer.newest != self.step:
@@ -311,7 +310,7 @@ class Sitting:
     def _warm_up(self) -> None:
         """Count operations on one row, and compile; neither touches parameters, batches or noise of the run."""
         settings = self.config.train
-        first = self._batch(self.step * settings.accumulate).to(self.device)
+        first = moved(self._batch(self.step * settings.accumulate), self.device)
         row = first.head(1) if isinstance(first, Encoded) else first[:1]
 
         def trial(batch: Any = first) -> None:
