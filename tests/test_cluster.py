@@ -160,6 +160,7 @@ def test_bad_words_on_the_command_line(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     words = ["prepare", str(texts), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
     for more, sentence in (
         (["--tasks", "2"], "--tasks and --executor-option are for --executor local, slurm or ray"),
@@ -167,11 +168,35 @@ def test_bad_words_on_the_command_line(
         (["--executor", "local", "--executor-option", "speed=9"], "--executor local has no option 'speed'"),
         (["--executor", "local", "--executor-option", "speed"], "is written key=value, for instance partition=cpu"),
         (["--executor", "local", "--latents", "run"], "--latents is not for --executor"),
+        (["--executor", "slurm"], "submits jobs with sbatch, which is not here: run the command where it is"),
+        (["--executor", "local", "--executor-option", "start_method=bogus"], "start_method must be one of fork, spawn"),
         (["--executor", "ray"], "--executor ray needs a package that is not installed: pip install ray"),
     ):
         code, _, error = command(monkeypatch, capsys, *words, *more)
         assert (code, sentence in error) == (2, True), error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_sbatch_refuses_is_a_sentence(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    words = ["prepare", str(texts), "--tokenizer", "bytes", "--out", str(tmp_path / "out"), "--executor", "slurm"]
+    options = ["--executor-option", "partition=x", "--executor-option", "time=1:00:00"]
+    code, _, error = command(monkeypatch, capsys, *words, *options)
+    assert code == 2
+    assert "sbatch refused a job (exit status 1; what it said is above): mend --executor-option" in error
+
+
+def test_small_files_share_a_task(texts: Path) -> None:
+    """Starting a task takes longer than encoding a small file."""
+    sizes = [path.stat().st_size for path in texts.iterdir()]
+    assert [cluster.usual_tasks(sizes, at_once) for at_once in (-1, 2, 100)] == [1, 2, 11]
+    assert cluster.usual_tasks([1 << 26] * 5000, -1) == 1000
+    assert cluster.usual_tasks([1 << 26] * 9, -1) == 9
+    assert cluster.usual_tasks([], 2) == 1
 
 
 def test_without_the_extra(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,8 @@ def prepare(
         typer.Option(help="Make the same shards by tasks of datatrove (extra `datatrove`) instead."),
     ] = None,
     tasks: Annotated[
-        int | None, typer.Option(help="With --executor: pieces; default: one per file, up to 1,000.")
+        int | None,
+        typer.Option(help="With --executor: pieces; default: one for each 16 MiB, up to one per file and 1,000."),
     ] = None,
     executor_option: Annotated[
         list[str] | None,

@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +39,7 @@ Kind = Literal["local", "slurm", "ray"]
 PIECES = ".pieces-"  # begins the name of a folder of pieces
 COLUMNS = 6  # of a piece's table: tokens (0: empty), held out, bytes of text, item, entry, bad entries before it here
 MOST_TASKS = 1000  # by default; a Slurm array is rarely allowed more
+LEAST_BYTES = 1 << 24  # of source files in a piece by default: starting a task takes as long as encoding some of it
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ def prepare_by_tasks(
 ) -> Prepared | None:
     """As `prepare`, on an executor of datatrove; None where Slurm has the jobs now and will write the manifests.
 
-    options: more arguments of that executor (Slurm needs `partition` and `time`). tasks: pieces; by default one for each
-    source file, at most 1,000. workers: tasks that run at once, by default one per core here, and all elsewhere.
+    options: more arguments of that executor (Slurm needs `partition` and `time`). tasks: pieces; by default one for each 16 MiB
+    of source files or each worker, at most one a file and 1,000. workers: tasks that run at once, by default one per core here,
+    and all elsewhere.
     Raises ConfigError when datatrove is not installed or its executor lacks an option, and as `prepare`.
     """
     began = time.monotonic()
@@ -109,10 +113,10 @@ def prepare_by_tasks(
     work = Work(Path(out), items, plan, skip_bad)
     if work.state.done:
         return work.result(work.documents, time.monotonic() - began)
-    pieces = tasks or max(1, min(len(items), MOST_TASKS))
+    at_once = workers or (cores() if executor == "local" else -1)
+    pieces = tasks or usual_tasks([item.weight or unknown(item) for item in items], at_once)
     job = Job(tuple(sources), Path(out).absolute(), plan.model_dump(mode="json"), skip_bad, pieces)
     tokenizer.save(job.folder)
-    at_once = workers or (cores() if executor == "local" else -1)
 
     def stage(name: str, work: Callable[[Job, int, int], object], count: int, depends: Any = None) -> Any:
         logs = str(job.out / "executor" / name)
@@ -122,12 +126,32 @@ def prepare_by_tasks(
     encode = stage("encode", encode_piece, pieces)
     write = stage("write", write_groups, pieces, encode)
     if executor == "slurm":
-        stage("finish", finish, 1, write).run()
+        try:
+            stage("finish", finish, 1, write).run()
+        except subprocess.CalledProcessError as error:
+            raise ConfigError(
+                f"sbatch refused a job (exit status {error.returncode}; what it said is above): mend --executor-option, and run "
+                "the same command again"
+            ) from None
         return None
     encode.run()
     _whole(job)  # a bad document is told before more work is done
     write.run()
     return finish(job).result(0, time.monotonic() - began)
+
+
+def usual_tasks(sizes: Sequence[int], at_once: int) -> int:
+    """Pieces by default: of at least LEAST_BYTES where that keeps `at_once` workers busy. sizes: of files in bytes.
+
+    >>> usual_tasks([1000] * 60, 2), usual_tasks([1 << 30] * 60, 2), usual_tasks([1 << 22] * 60, 2), usual_tasks([0, 9], -1)
+    (2, 60, 15, 1)
+    """
+    return max(1, min(len(sizes), MOST_TASKS, max(-(-sum(sizes) // LEAST_BYTES), at_once)))
+
+
+def unknown(item: Item) -> int:
+    """Bytes that a source without a size counts as: a data set that does not say it is worth a task."""
+    return LEAST_BYTES if item.label.startswith("hf:") else 0
 
 
 def encode_piece(job: Job, rank: int, tasks: int) -> None:
@@ -305,6 +329,10 @@ def _executor_class(kind: Kind, options: Mapping[str, Any]) -> Any:
     for name in options:
         if name not in known:
             raise ConfigError(f"--executor {kind} has no option {name!r}; it has {', '.join(sorted(known))}")
+    if kind == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError("--executor slurm submits jobs with sbatch, which is not here: run the command where it is")
+    if kind == "local" and (method := options.get("start_method", "spawn")) not in (can := get_all_start_methods()):
+        raise ConfigError(f"start_method must be one of {', '.join(can)} here; got {method!r}")
     missing = [name for name, p in known.items() if p.default is p.empty and name not in options]
     if missing:
         raise ConfigError(f"--executor {kind} needs {' and '.join(f'--executor-option {n}=...' for n in missing)}")
