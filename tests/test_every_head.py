@@ -27,13 +27,20 @@ HEADS = {
     "energy": {"noise": 4, "blocks": 1},  # as settings files had it before there were other heads
     "flow": {"kind": "flow", "blocks": 1, "teacher_draws": 2, "steps": 3},
     "diffusion": {"kind": "diffusion", "blocks": 1, "teacher_draws": 2, "solver": "dpm++", "steps": 4},
+    "categorical": {"kind": "categorical", "blocks": 1, "steps": 3},
     "autoregressive": {"kind": "autoregressive"},
 }
-FORMS = {"energy reads latents": ("energy", "latents"), "autoregressive reads both": ("autoregressive", "both")}
+FORMS = {
+    "energy reads latents": ("energy", "latents"),
+    "categorical reads both": ("categorical", "both"),
+    "autoregressive reads both": ("autoregressive", "both"),
+}
 MODELS = {name: {"head": head} for name, head in HEADS.items()} | {
     name: {"head": HEADS[head], "input": form} for name, (head, form) in FORMS.items()
 }
-OBJECTIVES = {"energy": "energy", "flow": "flow", "diffusion": "diffusion", "autoregressive": "cross_entropy"}
+OBJECTIVES = {"energy": "energy", "flow": "flow", "diffusion": "diffusion"} | dict.fromkeys(
+    ("categorical", "autoregressive"), "cross_entropy"
+)
 SETTINGS = {
     "data": {"context_tokens": 32, "rows": 2},
     "optim": {"lr": 0.003, "warmup": 4},
@@ -41,7 +48,7 @@ SETTINGS = {
 }
 TIMES = ("seconds", "cpu_seconds", "tokens_per_s", "share", "memory_bytes")
 every_model = pytest.mark.parametrize("name", MODELS)
-with_solver = pytest.mark.parametrize("head", ["flow", "diffusion"])
+with_solver = pytest.mark.parametrize("head", ["flow", "diffusion", "categorical"])
 without_solver = pytest.mark.parametrize("head", ["energy", "autoregressive"])
 
 
@@ -56,12 +63,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare([str(work / "text")], byte_tokenizer(), work / "shards", valid_fraction=0.2, workers=1)
     model = {"patch_size": 2, "width": 16, "inner": 24, "latent": 8}
     (work / "ae.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": model}))
+    (work / "factored.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": {**model, "factored": True}}))
     for name, own in MODELS.items():
         model = {"backbone": {"layers": 1, "width": 16, "inner": 32, "heads": 2}, **own}
         (work / f"{name}.yaml").write_text(yaml.safe_dump({**SETTINGS, "model": model}))
     with pytest.MonkeyPatch.context() as patch:
-        words = ["train", "autoencoder", "--config", work / "ae.yaml", "--data", work / "shards", "--out", work / "ae"]
-        assert command(patch, *words, "--device", "cpu") == 0
+        for name in ("ae", "factored"):
+            words = ["train", "autoencoder", "--config", work / f"{name}.yaml", "--data", work / "shards"]
+            assert command(patch, *words, "--out", work / name, "--device", "cpu") == 0
         for name in MODELS:
             assert train(patch, work, name, work / name) == 0
     return work
@@ -77,7 +86,7 @@ def command(patch: pytest.MonkeyPatch, *words: object) -> int:
 
 def train(patch: pytest.MonkeyPatch, work: Path, name: str, out: Path, *more: str) -> int:
     words = ["train", "lm", "--config", work / f"{name}.yaml", "--data", work / "shards", "--out", out]
-    return command(patch, *words, "--autoencoder", work / "ae", "--device", "cpu", *more)
+    return command(patch, *words, "--autoencoder", encoder_of(work, name), "--device", "cpu", *more)
 
 
 def refused(patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -96,6 +105,10 @@ def head_of(name: str) -> str:
     return FORMS[name][0] if name in FORMS else name
 
 
+def encoder_of(work: Path, name: str) -> Path:
+    return work / ("factored" if head_of(name) == "categorical" else "ae")
+
+
 @every_model
 def test_training_logs_its_loss_and_writes_a_run(work: Path, name: str) -> None:
     head = head_of(name)
@@ -107,7 +120,7 @@ def test_training_logs_its_loss_and_writes_a_run(work: Path, name: str) -> None:
     assert {OBJECTIVES[head], "conditioning_gap"} <= held_out[-1].keys()
     card = (work / name / "README.md").read_text(encoding="utf-8")
     assert f"| head | {head}, 1 blocks" in card
-    assert (f"draws in {HEADS[head].get('steps')} steps of" in card) is (head in ("flow", "diffusion"))
+    assert (f"draws in {HEADS[head].get('steps')} steps of" in card) is (head in ("flow", "diffusion", "categorical"))
     model = load_run(work / name).model
     assert isinstance(model, Calm)
     assert model.config.head.kind == head
@@ -131,7 +144,7 @@ def test_the_recipe_paper_interrupted_and_resumed_equals_uninterrupted(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "batch", batch)
         assert train(patch, work, name, cut, "recipe.name=paper") == 130
-    again = ["train", "lm", "--out", cut, "--resume", "--autoencoder", work / "ae", "--device", "cpu"]
+    again = ["train", "lm", "--out", cut, "--resume", "--autoencoder", encoder_of(work, name), "--device", "cpu"]
     assert command(monkeypatch, *again) == 0
     before, after = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
     assert before.keys() == after.keys()
@@ -183,7 +196,12 @@ def test_bench_measures_its_training_step(
     monkeypatch.setattr(limits, "BURST", 1e-5)
     out = tmp_path / "bench.json"
     words = ["bench", "train", "--config", work / f"{name}.yaml", "--repeats", 1, "--seconds", 1e-6, "--device", "cpu"]
-    words += ["model.autoencoder.vocab_size=259", "model.autoencoder.patch_size=2", "model.autoencoder.width=16"]
+    words += [
+        f"model.autoencoder.factored={str(head == 'categorical').lower()}",
+        "model.autoencoder.vocab_size=259",
+        "model.autoencoder.patch_size=2",
+        "model.autoencoder.width=16",
+    ]
     assert command(monkeypatch, *words, "--no-plain", "--json", out) == 0
     found = json.loads(out.read_text())
     assert found["tokens_per_s"] > 0
@@ -199,20 +217,19 @@ def test_bench_measures_its_training_step(
 def test_another_solver_at_the_command_line(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
 ) -> None:
-    solver, foreign = ("heun", "ddim") if head == "flow" else ("ddim", "euler")
+    solver, foreign = {"flow": ("heun", "ddim"), "diffusion": ("ddim", "euler"), "categorical": ("euler", "heun")}[head]
     data = ["--data", work / "shards" / "valid", "--max-documents", 2]
     found = []
-    for steps in (1, 2):
+    for steps in (2, 3):
         out = tmp_path / f"{steps}.json"
         words = ["eval", work / head, *data, "--draws", 2, "--json", out]
         assert command(monkeypatch, *words, "--solver", solver, "--steps", steps) == 0
         found.append(json.loads(out.read_text()))
-    assert [(each["head"]["solver"], each["head"]["steps"]) for each in found] == [(solver, 1), (solver, 2)]
-    assert load_run(work / head).config.model.head.solver == HEADS[head].get(
-        "solver", "midpoint"
-    )  # the run is as it was
+    assert [(each["head"]["solver"], each["head"]["steps"]) for each in found] == [(solver, 2), (solver, 3)]
+    own = HEADS[head].get("solver", "euler" if head == "categorical" else "midpoint")
+    assert load_run(work / head).config.model.head.solver == own  # the run is as it was
     operations = []
-    for steps in (1, 2):
+    for steps in (2, 3):
         capsys.readouterr()
         assert command(monkeypatch, "flops", work / head, "--steps", steps, "--json") == 0
         operations.append(json.loads(capsys.readouterr().out)[0]["inference_flops_per_token"])

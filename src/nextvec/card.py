@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nextvec.config import (
     AutoregressiveHeadConfig,
     CalmRun,
+    CategoricalHeadConfig,
     DataSettings,
     DiffusionHeadConfig,
     FlowHeadConfig,
@@ -105,7 +106,7 @@ def _use(config: ModelRun) -> list[str]:
 
 def _head(config: CalmRun) -> str:
     head = config.model.head
-    if isinstance(head, FlowHeadConfig | DiffusionHeadConfig):
+    if isinstance(head, FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig):
         return f"{head.kind}, {head.blocks} blocks; draws in {head.steps} steps of {head.solver}"
     return f"{head.kind}, {head.blocks} blocks"
 
@@ -115,6 +116,8 @@ def _loss(config: CalmRun) -> str:
     if isinstance(head, FlowHeadConfig | DiffusionHeadConfig):
         name = "flow-matching loss" if head.kind == "flow" else "hybrid diffusion loss"
         return f"{name} of {head.teacher_draws} teacher draws"
+    if isinstance(head, CategoricalHeadConfig):
+        return f"cross-entropy of the next patch given its latent in noise, {head.teacher_draws} teacher draws"
     if isinstance(head, AutoregressiveHeadConfig):
         return "cross-entropy of the next patch, token by token"
     teacher = "exact teacher" if energy.teacher == "exact" else f"M = {energy.teacher_draws} teacher draws"

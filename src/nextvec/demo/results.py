@@ -145,10 +145,10 @@ def write(demo: Demo, corpus: Corpus, models: Models, found: Found, seconds: flo
     patches = context // models.calm.patch_size
     calm, baseline = models.calm.config, models.baseline.config
     costs = {
-        "calm": calm_cost(calm, context=patches, auxiliary=demo.recipe == "fast"),
+        "calm": calm_cost(calm, context=patches),
         "calm_pool": calm_cost(
             calm, f"CALM, {settings.CANDIDATES} candidates", context=patches,
-            candidates=settings.CANDIDATES, auxiliary=demo.recipe == "fast",
+            candidates=settings.CANDIDATES,
         ),
         "baseline": token_lm_cost(baseline, "token Transformer", context=context),
     }  # fmt: skip

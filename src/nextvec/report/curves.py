@@ -61,6 +61,11 @@ LOSSES = {  # of the heads of latents, by the metric's name: what a picture call
         "the square error of what its head predicts on the way from noise to the true latent",
     ),
     "diffusion": ("diffusion loss", "square units of noise", "the square error of the noise in a noisy true latent"),
+    "cross_entropy": (
+        "cross-entropy of patches",
+        "nats per token",
+        "the cross-entropy of the next patch's tokens, given its latent in noise (half of the time nothing but noise)",
+    ),
 }
 
 
@@ -71,8 +76,9 @@ def loss_curves(inputs: Inputs) -> str:
     name, unit, meaning = LOSSES[key]
     parts = [
         paragraph(
-            f"CALM minimises {meaning}, lower is better, and the token Transformer a cross-entropy. The two have different "
-            "units and cannot be compared with each other."
+            f"CALM minimises {meaning}, lower is better, and the token Transformer the cross-entropy of one token after the "
+            f"other. The two {'ask different questions' if key == 'cross_entropy' else 'have different units'} and cannot be "
+            "compared with each other."
         )
     ]
     if not calm.train:
