@@ -23,6 +23,7 @@ from typing import Any, get_args
 import pytest
 from typer.main import get_command
 
+from nextvec.bench.settings import KINDS
 from nextvec.cli import app, commands  # noqa: F401  (registers the verbs)
 from nextvec.cli.train import VERBS
 from nextvec.config import RUN_KINDS, Config
@@ -140,11 +141,12 @@ def problem(words: list[str], strict: bool) -> str | None:
     if not strict or hasattr(command, "commands") or "--help" in rest:
         return None
     try:
-        settings = command.make_context(command.name, rest).params.get("overrides") or []
+        parsed = command.make_context(command.name, rest).params
     except Exception as error:  # the library's usage errors: a value, a missing option, too many words
         return str(error)
-    for setting in settings:
-        if not has_setting(RUN_KINDS[VERBS[verb]], setting.partition("=")[0]):
+    for setting in parsed.get("overrides") or []:
+        kind = KINDS[parsed["what"]] if verb == "bench" else VERBS[verb]
+        if not has_setting(RUN_KINDS[kind], setting.partition("=")[0]):
             return f"train {verb} has no setting {setting!r}"
     return None
 
