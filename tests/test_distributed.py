@@ -17,7 +17,7 @@ from nextvec.errors import ConfigError
 from nextvec.train.interrupt import Interrupt
 from nextvec.train.metrics import read_metrics
 from nextvec.train.world import Part, World
-from test_train_loop import Fake, Module, rows, tensors
+from test_train_loop import Fake, Module, config, rows, run, tensors
 
 SCRIPT = Path(__file__).with_name("distributed_runs.py")
 
@@ -88,6 +88,14 @@ def test_a_batch_that_cannot_be_shared_is_one_sentence() -> None:
         "or data.rows to a multiple of 2",
     ):
         World(0, 4).part(2, 3)
+
+
+def test_a_step_that_cannot_be_shared_leaves_no_run_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextvec.train.loop.open_world", lambda device: World(0, 7))
+    monkeypatch.setattr(World, "share", lambda self, value: value)
+    with pytest.raises(ConfigError, match="7 processes cannot share equally"):
+        run(tmp_path / "run", config())
+    assert not (tmp_path / "run").exists()
 
 
 def test_blocks_are_compiled_or_split_not_both() -> None:

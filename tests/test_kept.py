@@ -80,7 +80,7 @@ def test_a_run_begun_from_another_needs_that_one_only_until_its_first_checkpoint
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     start, run, other = tmp_path / "start", tmp_path / "run", tmp_path / "whole"
-    assert command(monkeypatch, *arguments(work, "lm", start, "train.steps=8")) == 0
+    assert command(monkeypatch, *arguments(work, "lm", start, "train.steps=8", "train.precision=fp32")) == 0
     begin = ["train", "lm", "--data", str(work / "shards"), "--from", str(start), "--device", "cpu", "train.steps=12"]
     assert command(monkeypatch, *begin, "--out", str(other)) == 0
     interrupted([*begin, "--out", str(run)], after=9)

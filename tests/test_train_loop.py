@@ -285,7 +285,7 @@ def test_full_disk_during_a_save_keeps_the_previous_one_and_goes_on(
 
     def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         nonlocal calls
-        calls += 1
+        calls += Path(path).parent.name.startswith(".step-")  # of checkpoints
         Path(path).write_bytes(b"half of it")
         if calls == 3:
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

@@ -74,6 +74,7 @@ def train(
     place = choose_device(device)
     world = open_world(place)
     resume = world.share(resume)  # restarted by torchrun, each has looked for a run by itself
+    world.part(config.train.accumulate, config.data.rows)  # refused here, before anything is written
     notes: list[str] = []
     if world.first:
         check_out(out, resume)
