@@ -104,7 +104,10 @@ def test_posterior_and_reconstruction_have_their_shapes(variant: str) -> None:
     counts, _ = count_latents(found, latents, 4)
     tokens = found.decode_tokens(latents)
     assert torch.equal(counts, (tokens[:, :, None] == tokens[:, None]).all(-1).sum(-1))
-    if variant not in ("small latent", "factored, no variational layer"):  # where random weights decode all patches alike
+    if variant not in (
+        "small latent",
+        "factored, no variational layer",
+    ):  # where random weights decode all patches alike
         assert counts.tolist() == [[2, 1, 2, 1], [3, 3, 3, 1]]
 
 
@@ -244,7 +247,7 @@ def test_factored_tokens_have_dimensions_of_their_own() -> None:
 
 def test_factored_settings_that_cannot_work() -> None:
     with pytest.raises(
-        ConfigError, match="latent must be a multiple of patch_size 4 where factored is true; got 13, nearest 12"
+        ConfigError, match="latent must be a multiple of patch_size 4 where factored is true; got 13, try 16"
     ):
         PLAIN.override(latent=13, factored=True)
     with pytest.raises(ConfigError, match="attention mixes the tokens of a patch, and factored keeps them apart"):

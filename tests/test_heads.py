@@ -23,6 +23,7 @@ from nextvec.config import (
     AutoregressiveHeadConfig,
     BackboneConfig,
     CalmConfig,
+    CategoricalHeadConfig,
     DiffusionHeadConfig,
     EnergyHeadConfig,
     FlowHeadConfig,
@@ -43,6 +44,7 @@ HEADS: list[HeadKind] = [
     EnergyHeadConfig(blocks=2, noise=8),
     FlowHeadConfig(blocks=2, steps=3),
     DiffusionHeadConfig(blocks=2, steps=7),
+    CategoricalHeadConfig(blocks=2, steps=3),
     AutoregressiveHeadConfig(blocks=2),
 ]
 BY_KIND = {head.kind: head for head in HEADS}
@@ -51,9 +53,13 @@ every_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
 
 def calm(head: HeadKind, vocab: int = 61, patch_size: int = 4) -> Calm:
     """Random parameters everywhere in float64, so that no zero initialisation hides a difference."""
+    factored = head.kind == "categorical"
+    latent = 2 * patch_size if factored else 6
     model = Calm(
         CalmConfig(
-            autoencoder=AutoencoderConfig(vocab_size=vocab, patch_size=patch_size, width=16, inner=24, latent=6),
+            autoencoder=AutoencoderConfig(
+                vocab_size=vocab, patch_size=patch_size, width=16, inner=24, latent=latent, factored=factored
+            ),
             backbone=BackboneConfig(layers=1, width=12, inner=20, heads=2),
             head=head,
         )
@@ -338,7 +344,7 @@ def test_draws_depend_on_state_noise_and_seed_alone(head: HeadKind) -> None:
     model = calm(head)
     state = states(2, 3)
     draw: Callable[[int], Tensor] = lambda seed: model.head.draw(state, 5, torch.Generator().manual_seed(seed))  # noqa: E731
-    assert draw(0).shape == (5, 2, 3, 6 if model.has_latents else 4)
+    assert draw(0).shape == (5, 2, 3, model.config.autoencoder.latent if model.has_latents else 4)
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
     tokens = model.draw_tokens(state, 5, torch.Generator().manual_seed(0))
@@ -443,7 +449,7 @@ def test_a_settings_file_from_before_there_were_heads_has_the_energy_head() -> N
         ({"kind": "diffusion", "steps": 1001}, "the times of the diffusion head's schedule; got 1001"),
         ({"kind": "flow", "noise": 3}, "head: unknown key 'noise'"),
         ({"kind": "flow", "blocks": 0}, "head.blocks: Input should be greater than 0; got 0"),
-        ({"kind": "flwo"}, "head: kind must be one of energy, flow, diffusion, autoregressive; got"),
+        ({"kind": "flwo"}, "head: kind must be one of energy, flow, diffusion, categorical, autoregressive; got"),
     ],
 )  # fmt: skip
 def test_what_a_head_cannot_do_is_one_sentence(head: dict[str, object], sentence: str) -> None:

@@ -62,11 +62,8 @@ class AutoencoderConfig(Config):
         if self.attention and self.width % 2:
             raise ValueError(f"width must be even for the rotary positions of attention; got {self.width}")
         if self.factored and self.latent % self.patch_size:
-            near = self.patch_size * max(1, round(self.latent / self.patch_size))
-            raise ValueError(
-                f"latent must be a multiple of patch_size {self.patch_size} where factored is true; got {self.latent}, "
-                f"nearest {near}"
-            )
+            rule = f"latent must be a multiple of patch_size {self.patch_size} where factored is true"
+            raise ValueError(f"{rule}; got {self.latent}, try {self.latent - self.latent % -self.patch_size}")
         if self.factored and self.attention:
             raise ValueError(
                 "attention mixes the tokens of a patch, and factored keeps them apart: leave one of them out"
