@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nextvec.config import AutoregressiveHeadConfig, CalmConfig, FlowHeadConfig, OptimSettings
 from nextvec.evaluate.brier import evaluate_brier
 from nextvec.evaluate.documents import read_documents
+from nextvec.hardware import has_bf16
 from nextvec.model.calm import Calm
 from nextvec.model.init import initialise
 from nextvec.rundir import load_autoencoder, load_run
@@ -32,6 +33,7 @@ from nextvec.train.optim import make_optimizer
 
 CONTEXT, ROWS = 1024, 4  # tokens of a window, windows of a batch
 POSITIONS = 1024  # of a step of a head
+BF16 = has_bf16(torch.device("cpu"))  # products in bf16 where the processor has them
 WARMUP, DECAY = 30, 0.95  # steps; share of the time over which the rate falls
 DRAW = {"teacher_draws": 2, "solver": "euler", "steps": 4}
 HEADS: dict[str, FlowHeadConfig] = {
@@ -52,7 +54,7 @@ def teach(model: Calm, state_ND: Tensor, ids_NK: Tensor, seconds: float, seed: i
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min(1.0, (steps + 1) / WARMUP, (1 - share) / DECAY)
         some = torch.randint(len(state_ND), (POSITIONS,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             loss, _ = model.loss(state_ND[some].float(), ids_NK[some], generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.head.parameters(), 1.0)
@@ -68,7 +70,7 @@ def states(model: Calm, shards: TokenShards, batches: int) -> tuple[Tensor, Tens
     size = model.patch_size
     text = Batches(Stream(shards, size, "aligned"), ROWS, CONTEXT, 1)
     found = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
         for step in range(batches):
             ids = text.batch(step).unflatten(1, (-1, size))
             found.append((model.states(ids[:, :-1]).bfloat16().flatten(0, 1), ids[:, 1:].flatten(0, 1)))

@@ -11,7 +11,7 @@ import pytest
 
 from nextvec import Calm, load_run
 from nextvec.demo import Demo, run_demo
-from nextvec.demo.settings import STAGES
+from nextvec.demo.settings import PAPER_STAGES, STAGES
 from nextvec.demo.stages import demo_command, open_folder
 from nextvec.errors import ConfigError
 
@@ -86,5 +86,8 @@ def test_time_left_over_goes_to_the_later_stages() -> None:
     on_time = demo.seconds_for("calm", 100.0)
     assert demo.seconds_for("calm", 40.0) > on_time > demo.seconds_for("calm", 200.0)
     left = 8.0 * 60 - 100 - 12 - 7 * 8.0
-    assert demo.seconds_for("calm", 100.0) == pytest.approx(left * 0.62 / 0.82)
+    assert demo.seconds_for("calm", 100.0) == pytest.approx(left * 0.44 / 0.94)
+    paper = Demo(minutes=8.0, recipe="paper")
+    assert paper.seconds_for("calm", 100.0) == pytest.approx(left * 0.52 / 0.82)
+    assert sum(STAGES.values()) == sum(PAPER_STAGES.values()) == 1.0
     assert demo.seconds_for("baseline", 479.0) == 3.0  # never nothing
