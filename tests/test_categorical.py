@@ -137,6 +137,11 @@ def test_codes_are_those_of_the_autoencoders_present_weights() -> None:
     model.autoencoder.load_state_dict({name: 0.5 * value for name, value in model.autoencoder.state_dict().items()})
     torch.testing.assert_close(head.codes().mean[ids].flatten(-2), model.teacher(ids).mean)
     assert not torch.equal(head.codes().mean, before.mean)
+    state = normal(2, 12)
+    before_step = head.draw(state, 2, torch.Generator().manual_seed(0))
+    head.output.weight.add_(0.3 * normal(VOCAB, 12, seed=6))
+    after_step = head.draw(state, 2, torch.Generator().manual_seed(0))
+    assert not torch.equal(before_step, after_step)  # nothing that draws are made of is kept too long
     assert not any("codes" in name or "autoencoder" in name for name in head.state_dict())
     half = model.to(torch.bfloat16)
     assert head_of(half).codes().mean.dtype == torch.float32

@@ -62,6 +62,7 @@ class CategoricalHead(nn.Module):
         self.output = nn.Linear(width, config.vocab_size, bias=False)
         self._autoencoder: tuple[Autoencoder, ...] = ()  # in a tuple: the model's, and not a part of the head
         self._codes: tuple[object, Codes] | None = None
+        self._drawn_with: tuple[object, Codes, Tensor] | None = None
 
     def bind(self, autoencoder: Autoencoder) -> None:
         """Take the codes from this autoencoder, whatever weights it has or gets."""
@@ -115,7 +116,7 @@ class CategoricalHead(nn.Module):
         The last arrives at the expected latent. At time 0 that is the same for all draws of a state, and computed once.
         """
         codes = self.codes()
-        table_VF = self._table(codes).to(self.net.dtype)
+        table_VF = self._table_for_draws(codes)
         slots, condition = self.slots(state_ND.to(self.net.dtype)), self.net.condition(state_ND)
         x = start_SNL
         times = [self.config.until * step / (self.config.steps - 1) for step in range(self.config.steps)]
@@ -147,6 +148,14 @@ class CategoricalHead(nn.Module):
     def _table(self, codes: Codes) -> Tensor:
         """(V, F): the vocabulary matrix, the codes, and their squared lengths."""
         return torch.cat((self.output.weight, codes.mean, codes.mean.square().sum(-1, keepdim=True)), dim=-1)
+
+    def _table_for_draws(self, codes: Codes) -> Tensor:
+        """`_table` in the model's precision; made again after an optimiser or a load changed what it is made of."""
+        state = (version(self.output.weight), self.net.dtype, self.output.weight.device)
+        kept = self._drawn_with
+        if kept is None or kept[0] != state or kept[1] is not codes:
+            kept = self._drawn_with = (state, codes, self._table(codes).detach().to(self.net.dtype))
+        return kept[2]
 
     def _expected(self, rows: Tensor, x_SNL: Tensor, time: Tensor, codes: Codes, table_VF: Tensor) -> Tensor:
         """The expected latent (..., L) given a noisy one; logits exist for a chunk of rows at a time."""
