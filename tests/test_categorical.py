@@ -77,6 +77,7 @@ def test_the_loss_is_its_definition() -> None:
     assert float(metrics["cross_entropy"]) == float(loss)
 
 
+@pytest.mark.slow
 def test_the_expected_latent_is_bayes_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """A euler step from time t to 1 arrives at E[z | x], here of 13^3 patches, one by one."""
     model = calm(CategoricalHeadConfig(blocks=1, steps=2, until=0.6))
@@ -103,6 +104,7 @@ def expected(head: CategoricalHead, codes: Codes, x: Tensor, time: float, state:
     return total
 
 
+@pytest.mark.slow
 def test_draws_have_the_probabilities_that_the_network_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-square of 20,000 draws, 64 steps, against the law of the tokens: the flow of the true velocity ends in it."""
     model = calm(CategoricalHeadConfig(blocks=1, steps=64, until=0.95), vocab=7)
