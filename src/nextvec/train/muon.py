@@ -35,18 +35,22 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters: list[Any] = []
-            gradients: list[Any] = []
-            momenta: list[Any] = []
-            self._init_group(group, parameters, gradients, momenta)
             bad: Tensor | None = getattr(self, "found_inf", None)
-            for parameter, gradient, buffer in zip(parameters, gradients, momenta, strict=True):
+            for parameter, gradient, buffer in self._members(group):
                 if bad is not None:
                     _update_gated(group, parameter, gradient, buffer, bad > 0)
                     continue
                 update = _momentum(group, gradient, buffer).to(iteration_dtype(parameter.device))
                 _apply(group, parameter.shape, parameter, orthogonal(group, update))
         return loss
+
+    def _members(self, group: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
+        """Each matrix of the group that has a gradient, with the gradient and its momentum."""
+        parameters: list[Any] = []
+        gradients: list[Any] = []
+        momenta: list[Any] = []
+        self._init_group(group, parameters, gradients, momenta)
+        return list(zip(parameters, gradients, momenta, strict=True))
 
 
 @functools.cache
@@ -108,16 +112,12 @@ class ShardedMuon(Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters: list[Any] = []
-            gradients: list[Any] = []
-            momenta: list[Any] = []
-            self._init_group(group, parameters, gradients, momenta)
             local = [
                 (parameter, gradient.to_local(), momentum.to_local())
-                for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True)
+                for parameter, gradient, momentum in self._members(group)
             ]
             local.sort(key=lambda member: tuple(member[0].shape))  # equal ones together, so that nobody waits
-            size = parameters[0].device_mesh.size() if parameters else 1
+            size = local[0][0].device_mesh.size() if local else 1
             for first in range(0, len(local), size):
                 _update(group, local[first : first + size])
         return loss
