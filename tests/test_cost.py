@@ -22,6 +22,7 @@ from nextvec.config import (
     DiffusionHeadConfig,
     EnergyHeadConfig,
     FlowHeadConfig,
+    MixtureHeadConfig,
     TokenLMConfig,
 )
 from nextvec.evaluate.cost import autoencoder_cost, calm_cost, token_lm_cost
@@ -187,10 +188,13 @@ WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
 
 FACTORED = TINY.autoencoder.override(latent=12, factored=True)
 CATEGORICAL = TINY.model_copy(update={"autoencoder": FACTORED, "head": CategoricalHeadConfig(blocks=2, steps=4)})
+MIXTURE = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2)})
 WITH_INPUTS = [TINY.override(input=form) for form in ("latents", "both")]
 
 
-@pytest.mark.parametrize("config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, CATEGORICAL, *WITH_INPUTS])
+@pytest.mark.parametrize(
+    "config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, CATEGORICAL, MIXTURE, *WITH_INPUTS]
+)
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = Calm(config)
@@ -249,7 +253,8 @@ def test_operations_are_those_that_torch_counts():
     decoding = found.inference.autoencoder + found.inference.vocabulary
     assert counted(lambda: model.autoencoder.decode(z)) == pytest.approx(decoding * tokens)
     many = calm_cost(TINY, context=patches, candidates=4).inference_split
-    assert counted(lambda: model.draw_tokens(state, 4, g)) == pytest.approx(
+    # not draw_tokens, which looks at some rows twice where two tokens are close
+    assert counted(lambda: model.autoencoder.decode(model.draw_latents(state, 4, g))) == pytest.approx(
         (many.head + many.autoencoder + many.vocabulary) * tokens
     )
 
@@ -317,6 +322,25 @@ def test_operations_of_the_categorical_head_are_those_that_torch_counts():
         calm_cost(CATEGORICAL, candidates=6).inference.total
         > calm_cost(CATEGORICAL, candidates=6).inference_split.total
     )
+
+
+def test_operations_of_the_mixture_head_are_those_that_torch_counts():
+    """The first place once for all draws, the others for each; in training every place once, whatever the number of draws."""
+    model, g = Calm(MIXTURE).eval(), torch.Generator().manual_seed(0)
+    model.head.codes()
+    K, D = MIXTURE.patch_size, MIXTURE.backbone.width
+    state, ids = torch.zeros(7, D * K), torch.zeros(7, K, dtype=torch.long)
+    for candidates in (1, 6):
+        found = calm_cost(MIXTURE, candidates=candidates).inference_split
+        drawing = found.vocabulary - candidates * 2 * 50 * MIXTURE.autoencoder.width  # less what decoding takes
+        with torch.no_grad():
+            whole = counted(lambda n=candidates: model.draw_latents(state[:1], n, g))
+        assert whole == pytest.approx((found.head + drawing) * K)
+    training = calm_cost(MIXTURE, draws=3).training_split
+    with torch.no_grad():
+        forward = counted(lambda: model.head.loss(state, ids, g))
+    assert forward == pytest.approx((training.head + training.vocabulary) / 3 * 7 * K)
+    assert training.autoencoder == 0
 
 
 def test_operations_of_the_autoregressive_head_are_those_that_torch_counts():

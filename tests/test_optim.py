@@ -97,6 +97,27 @@ def test_muon_without_bf16_products_is_muon_with_less_rounding(
     assert not torch.equal(ours, torchs)
 
 
+@pytest.mark.parametrize("shape", [(12, 36), (48, 12), (12, 12)])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_muon_turns_long_matrices_by_their_gram_matrix_to_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], steps: int
+) -> None:
+    group = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": steps, "eps": 1e-7}
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    update[:, 0] *= 1e-3
+    calls = []
+    by_gram = muon_module._by_gram
+    monkeypatch.setattr(muon_module, "_by_gram", lambda *given: calls.append(given) or by_gram(*given))
+    found, in_float = (muon_module.orthogonal(group, update.to(dtype)) for dtype in (torch.float64, torch.float32))
+    assert len(calls) == (0 if shape == (12, 12) else 2)
+    muon_module.orthogonal(group, update.bfloat16())  # too coarse for squares: the iteration as torch has it
+    assert len(calls) == (0 if shape == (12, 12) else 2)
+    monkeypatch.setattr(muon_module, "GRAM_ASPECT", float("inf"))
+    expected = muon_module.orthogonal(group, update)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(in_float.double(), expected, rtol=0.0, atol=1e-4)
+
+
 def test_adamw_equals_plain_loops() -> None:
     """Loshchilov and Hutter 2019, algorithm 2, in float64."""
     settings = OptimSettings(name="adamw", lr=0.05, weight_decay=0.2)

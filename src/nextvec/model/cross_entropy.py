@@ -85,5 +85,7 @@ def linear_cross_entropy(
         )
     else:
         weight_N = keep_N.to(wide) / keep_N.sum().clamp(min=1)
+    if not torch.is_grad_enabled():  # else parameters would have their gradients computed, and thrown away
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     loss, correct = _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, weight_N)
     return loss, correct
