@@ -62,7 +62,9 @@ def calm_run(recipe: str = "paper", alpha: float = 1.0, teacher: str = "sampled"
 RUNS: dict[str, RunConfig] = {
     "calm": calm_run(),
     "autoencoder": AutoencoderRun(data=DATA, model=AUTOENCODER, optim=ADAMW),
-    "token_lm": TokenLMRun(data=DATA, model=TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE), optim=ADAMW),
+    "token_lm": TokenLMRun(
+        data=DATA, model=TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, embedding_norm=True), optim=ADAMW
+    ),
 }
 
 

@@ -28,6 +28,7 @@ HEADS = {
     "flow": {"kind": "flow", "blocks": 1, "teacher_draws": 2, "steps": 3},
     "diffusion": {"kind": "diffusion", "blocks": 1, "teacher_draws": 2, "solver": "dpm++", "steps": 4},
     "categorical": {"kind": "categorical", "blocks": 1, "steps": 3},
+    "mixture": {"kind": "mixture"},
     "autoregressive": {"kind": "autoregressive"},
 }
 FORMS = {
@@ -39,7 +40,7 @@ MODELS = {name: {"head": head} for name, head in HEADS.items()} | {
     name: {"head": HEADS[head], "input": form} for name, (head, form) in FORMS.items()
 }
 OBJECTIVES = {"energy": "energy", "flow": "flow", "diffusion": "diffusion"} | dict.fromkeys(
-    ("categorical", "autoregressive"), "cross_entropy"
+    ("categorical", "mixture", "autoregressive"), "cross_entropy"
 )
 SETTINGS = {
     "data": {"context_tokens": 32, "rows": 2},
@@ -49,7 +50,7 @@ SETTINGS = {
 TIMES = ("seconds", "cpu_seconds", "tokens_per_s", "share", "memory_bytes")
 every_model = pytest.mark.parametrize("name", MODELS)
 with_solver = pytest.mark.parametrize("head", ["flow", "diffusion", "categorical"])
-without_solver = pytest.mark.parametrize("head", ["energy", "autoregressive"])
+without_solver = pytest.mark.parametrize("head", ["energy", "mixture", "autoregressive"])
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def head_of(name: str) -> str:
 
 
 def encoder_of(work: Path, name: str) -> Path:
-    return work / ("factored" if head_of(name) == "categorical" else "ae")
+    return work / ("factored" if head_of(name) in ("categorical", "mixture") else "ae")
 
 
 @every_model
@@ -197,7 +198,7 @@ def test_bench_measures_its_training_step(
     out = tmp_path / "bench.json"
     words = ["bench", "train", "--config", work / f"{name}.yaml", "--repeats", 1, "--seconds", 1e-6, "--device", "cpu"]
     words += [
-        f"model.autoencoder.factored={str(head == 'categorical').lower()}",
+        f"model.autoencoder.factored={str(head in ('categorical', 'mixture')).lower()}",
         "model.autoencoder.vocab_size=259",
         "model.autoencoder.patch_size=2",
         "model.autoencoder.width=16",

@@ -28,6 +28,7 @@ from nextvec.config import (
     EnergyHeadConfig,
     FlowHeadConfig,
     HeadKind,
+    MixtureHeadConfig,
 )
 from nextvec.errors import ConfigError
 from nextvec.model.calm import Calm
@@ -45,6 +46,7 @@ HEADS: list[HeadKind] = [
     FlowHeadConfig(blocks=2, steps=3),
     DiffusionHeadConfig(blocks=2, steps=7),
     CategoricalHeadConfig(blocks=2, steps=3),
+    MixtureHeadConfig(blocks=2),
     AutoregressiveHeadConfig(blocks=2),
 ]
 BY_KIND = {head.kind: head for head in HEADS}
@@ -53,7 +55,7 @@ every_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
 
 def calm(head: HeadKind, vocab: int = 61, patch_size: int = 4) -> Calm:
     """Random parameters everywhere in float64, so that no zero initialisation hides a difference."""
-    factored = head.kind == "categorical"
+    factored = head.kind in ("categorical", "mixture")
     latent = 2 * patch_size if factored else 6
     model = Calm(
         CalmConfig(
@@ -449,7 +451,7 @@ def test_a_settings_file_from_before_there_were_heads_has_the_energy_head() -> N
         ({"kind": "diffusion", "steps": 1001}, "the times of the diffusion head's schedule; got 1001"),
         ({"kind": "flow", "noise": 3}, "head: unknown key 'noise'"),
         ({"kind": "flow", "blocks": 0}, "head.blocks: Input should be greater than 0; got 0"),
-        ({"kind": "flwo"}, "head: kind must be one of energy, flow, diffusion, categorical, autoregressive; got"),
+        ({"kind": "flwo"}, "head: kind must be one of energy, flow, diffusion, categorical, mixture, autoregressive; got"),
     ],
 )  # fmt: skip
 def test_what_a_head_cannot_do_is_one_sentence(head: dict[str, object], sentence: str) -> None:

@@ -6,10 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
+from nextvec.config import (
+    AutoencoderConfig,
+    AutoregressiveHeadConfig,
+    BackboneConfig,
+    CalmConfig,
+    EnergyHeadConfig,
+    MixtureHeadConfig,
+    TokenLMConfig,
+)
 from nextvec.model.autoencoder import Autoencoder, gaussian_kl
 from nextvec.model.calm import Calm
 from nextvec.model.cross_entropy import linear_cross_entropy
+from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.init import STD, initialise
 from nextvec.model.token_lm import TokenLM
 
@@ -33,8 +42,16 @@ def calm(form: str = "tokens") -> Calm:
     return model
 
 
-def token_lm() -> TokenLM:
-    model = lively(TokenLM(TokenLMConfig(vocab_size=61, backbone=BACKBONE)))
+def mixture() -> Calm:
+    """Its head reads tokens of the patch besides the state."""
+    factored = AUTOENCODER.override(factored=True)
+    model = lively(Calm(CalmConfig(autoencoder=factored, backbone=BACKBONE, head=MixtureHeadConfig())))
+    assert isinstance(model, Calm)
+    return model
+
+
+def token_lm(embedding_norm: bool = False) -> TokenLM:
+    model = lively(TokenLM(TokenLMConfig(vocab_size=61, backbone=BACKBONE, embedding_norm=embedding_norm)))
     assert isinstance(model, TokenLM)
     return model
 
@@ -45,8 +62,8 @@ def ids(rows: int, patches: int, size: int, seed: int = 0) -> torch.Tensor:
 
 every_model = pytest.mark.parametrize(
     "model",
-    [calm(), calm("latents"), calm("both"), token_lm()],
-    ids=["calm", "calm of latents", "calm of both", "token_lm"],
+    [calm(), calm("latents"), calm("both"), mixture(), token_lm(), token_lm(embedding_norm=True)],
+    ids=["calm", "calm of latents", "calm of both", "calm of a mixture", "token_lm", "token_lm of equal embeddings"],
 )
 
 
@@ -102,6 +119,35 @@ def test_the_default_input_has_the_parameters_that_it_always_had() -> None:
     """Also in this order: it is the order in which fresh parameters are drawn."""
     names = [name for name, _ in Calm(CONFIG).compressor.named_parameters()]
     assert names == ["embedding.weight"] + [f"project.{n}.{kind}" for n in (0, 2, 3) for kind in ("weight", "bias")]
+
+
+def test_normed_embeddings_have_unit_size_and_no_parameters() -> None:
+    plain, normed = token_lm(), token_lm(embedding_norm=True)
+    assert plain.state_dict().keys() == normed.state_dict().keys()
+    read: list[torch.Tensor] = []
+    normed.backbone.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    tokens = ids(2, 5, 1)
+    normed.states(tokens)
+    assert bool((read[0].square().mean(-1) - 1).abs().max() < 1e-3)
+    scale = plain.embedding.weight.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    plain.embedding.weight.mul_(scale)
+    torch.testing.assert_close(plain.states(tokens), normed.states(tokens), rtol=1e-11, atol=1e-11)
+    assert TokenLMConfig(vocab_size=61, backbone=BACKBONE).embedding_norm is False  # as published
+    head = AutoregressiveHeadConfig(embedding_norm=True)
+    model = lively(Calm(CONFIG.model_copy(update={"head": head})))
+    assert isinstance(model, Calm)
+    other = lively(Calm(CONFIG.model_copy(update={"head": AutoregressiveHeadConfig()})))
+    assert isinstance(other, Calm)
+    states, targets = model.states(ids(2, 5, 4)), ids(2, 5, 4, seed=1)
+    assert float((model.loss(states, targets, None)[0] - other.loss(states, targets, None)[0]).abs()) > 1e-3
+    drawn, given = model.head.draw(states[:, -1], 2000, torch.Generator().manual_seed(0)), {}
+    for patch in drawn[:, 0].tolist():
+        given[tuple(patch[:2])] = given.get(tuple(patch[:2]), 0) + 1
+    (first, second), count = max(given.items(), key=lambda item: item[1])  # sampling and likelihood read alike
+    assert isinstance(model.head, AutoregressiveHead)
+    patch = torch.tensor([[first, second, 0, 0]])
+    p = float(model.head.log_probabilities(states[:1, -1], patch)[0, :2].sum().exp())
+    assert abs(count - 2000 * p) < 5 * (2000 * p * (1 - p)) ** 0.5
 
 
 def test_states_are_causal() -> None:

@@ -13,6 +13,7 @@ from nextvec.config import (
     DiffusionHeadConfig,
     FlowHeadConfig,
     ImportedRun,
+    MixtureHeadConfig,
     ModelRun,
     OptimSettings,
     RunConfig,
@@ -118,7 +119,7 @@ def _loss(config: CalmRun) -> str:
         return f"{name} of {head.teacher_draws} teacher draws"
     if isinstance(head, CategoricalHeadConfig):
         return f"cross-entropy of the next patch given its latent in noise, {head.teacher_draws} teacher draws"
-    if isinstance(head, AutoregressiveHeadConfig):
+    if isinstance(head, AutoregressiveHeadConfig | MixtureHeadConfig):
         return "cross-entropy of the next patch, token by token"
     teacher = "exact teacher" if energy.teacher == "exact" else f"M = {energy.teacher_draws} teacher draws"
     return f"energy loss of S = {energy.draws} draws, {teacher}"

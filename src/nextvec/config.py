@@ -22,6 +22,7 @@ from nextvec.head_settings import EnergyHeadConfig as EnergyHeadConfig
 from nextvec.head_settings import FlowHeadConfig as FlowHeadConfig
 from nextvec.head_settings import HeadConfig as HeadConfig
 from nextvec.head_settings import HeadKind as HeadKind
+from nextvec.head_settings import MixtureHeadConfig as MixtureHeadConfig
 from nextvec.settings import Config as Config
 from nextvec.settings import Count, Positive, Rate, Seed
 from nextvec.settings import dump_yaml as dump_yaml
@@ -131,9 +132,9 @@ class CalmConfig(Config):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        if self.head.kind == "categorical" and not self.autoencoder.factored:
+        if isinstance(self.head, CategoricalHeadConfig | MixtureHeadConfig) and not self.autoencoder.factored:
             raise ValueError(
-                "head.kind categorical needs an autoencoder whose tokens have dimensions of their own, and "
+                f"head.kind {self.head.kind} needs an autoencoder whose tokens have dimensions of their own, and "
                 "autoencoder.factored is false: train one with model.factored=true"
             )
         return self
@@ -173,6 +174,7 @@ class TokenLMConfig(Config):
     kind: Literal["token_lm"] = "token_lm"
     vocab_size: Positive
     backbone: BackboneConfig
+    embedding_norm: bool = False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe.md) [D]
 
     @property
     def patch_size(self) -> int:

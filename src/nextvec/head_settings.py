@@ -85,21 +85,35 @@ class CategoricalHeadConfig(Config):
         return self.steps
 
 
+class MixtureHeadConfig(Config):
+    """Mixture head: place after place, one of V Gaussians; for a factored autoencoder (docs/heads.md) [D]."""
+
+    kind: Literal["mixture"] = "mixture"
+    blocks: Positive = 1  # residual blocks of the backbone's width, inner too, run at every place
+
+
 class AutoregressiveHeadConfig(Config):
     """A causal decoder over the K tokens of the next patch, given the state: tokens with likelihoods, no latent [D]."""
 
     kind: Literal["autoregressive"] = "autoregressive"
     blocks: Positive = 1  # Transformer blocks of the backbone's width, inner width and heads
+    embedding_norm: bool = False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe.md)
 
 
 HeadKind: TypeAlias = (
-    EnergyHeadConfig | FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig | AutoregressiveHeadConfig
+    EnergyHeadConfig
+    | FlowHeadConfig
+    | DiffusionHeadConfig
+    | CategoricalHeadConfig
+    | MixtureHeadConfig
+    | AutoregressiveHeadConfig
 )
 HEADS: dict[str, type[HeadKind]] = {
     "energy": EnergyHeadConfig,
     "flow": FlowHeadConfig,
     "diffusion": DiffusionHeadConfig,
     "categorical": CategoricalHeadConfig,
+    "mixture": MixtureHeadConfig,
     "autoregressive": AutoregressiveHeadConfig,
 }
 SOLVERS = {"flow": ("midpoint", "heun", "euler"), "diffusion": ("ddpm", "ddim", "dpm++"), "categorical": ("euler",)}
@@ -124,6 +138,7 @@ HeadConfig: TypeAlias = Annotated[
     | Annotated[FlowHeadConfig, Tag(f"{CHOICE}flow")]
     | Annotated[DiffusionHeadConfig, Tag(f"{CHOICE}diffusion")]
     | Annotated[CategoricalHeadConfig, Tag(f"{CHOICE}categorical")]
+    | Annotated[MixtureHeadConfig, Tag(f"{CHOICE}mixture")]
     | Annotated[AutoregressiveHeadConfig, Tag(f"{CHOICE}autoregressive")],
     Discriminator(
         _head_kind, custom_error_type="head_kind", custom_error_message=f"kind must be one of {', '.join(HEADS)}"

@@ -256,6 +256,10 @@ class TokenLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.backbone.width)
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)
+        self.config = config
 
     def states(self, ids_BT: Tensor) -> Tensor:
-        return self.backbone(self.embedding(ids_BT))
+        x = self.embedding(ids_BT)
+        if self.config.embedding_norm:
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.backbone.norm_eps)
+        return self.backbone(x)

@@ -19,6 +19,7 @@ from nextvec.config import (
     BackboneConfig,
     CalmConfig,
     CategoricalHeadConfig,
+    MixtureHeadConfig,
     ModelConfig,
     TokenLMConfig,
 )
@@ -165,7 +166,9 @@ def calm_cost(
     reading = encoder if latents else 0
     written = candidates if decoded is None else decoded
     logits = 2 * K * V * config.autoencoder.width
-    if isinstance(config.head, AutoregressiveHeadConfig | CategoricalHeadConfig):  # learns from tokens
+    if isinstance(
+        config.head, AutoregressiveHeadConfig | CategoricalHeadConfig | MixtureHeadConfig
+    ):  # learns from tokens
         encoder = reading
     if isinstance(config.head, AutoregressiveHeadConfig):  # and draws them
         decoder = logits = draws = 0

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nextvec.config import AutoregressiveHeadConfig, BackboneConfig, CalmConfig, CategoricalHeadConfig, EnergyHeadConfig
+from nextvec.config import (
+    AutoregressiveHeadConfig,
+    BackboneConfig,
+    CalmConfig,
+    CategoricalHeadConfig,
+    EnergyHeadConfig,
+    MixtureHeadConfig,
+)
 
 WAVES = 256  # numbers in the time embedding of the flow, diffusion and categorical heads
 
@@ -50,6 +57,18 @@ def head_cost(config: CalmConfig, split: bool) -> HeadCost:
             vocabulary_once=logits,
             vocabulary_per_draw=more * logits,
             trained_vocabulary=config.patch_size * logits,
+        )
+    if isinstance(head, MixtureHeadConfig):
+        K, logits = config.patch_size, 2 * config.vocab_size * D
+        place = 2 * (max(1, K - 1) * square + 3 * head.blocks * square)
+        return HeadCost(
+            once=2 * K * square + place,
+            per_draw=(K - 1) * place,
+            trained_once=2 * K * square + K * place,
+            trained_per_draw=0,
+            vocabulary_once=logits,
+            vocabulary_per_draw=(K - 1) * logits,
+            trained_vocabulary=K * logits,
         )
     time, modulation = WAVES * D + square, 3 * head.blocks * square + 2 * square
     body = L * D + 2 * head.blocks * square + D * _outputs(config)
@@ -101,6 +120,9 @@ def head_parameters(config: CalmConfig) -> int:
         kv = config.backbone.key_value_heads * config.backbone.head_dim
         block = 2 * square + 2 * D * kv + 3 * D * config.backbone.inner + 2 * D
         return linear + config.vocab_size * D + head.blocks * block + D
+    if isinstance(head, MixtureHeadConfig):
+        places = config.patch_size * linear + max(1, config.patch_size - 1) * square  # slots, before
+        return places + 2 * config.vocab_size * D + head.blocks * (3 * square + D) + 2 * D
     outputs = _outputs(config)
     ends = (
         L * D + D + WAVES * D + D + 2 * linear + 2 * linear + D * outputs + outputs

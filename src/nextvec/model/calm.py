@@ -21,8 +21,9 @@ from nextvec.model.autoencoder import Autoencoder, Posterior
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
-from nextvec.model.heads.categorical import CategoricalHead
+from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Head, Metrics
+from nextvec.model.heads.mixture import MixtureHead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +86,7 @@ class Calm(nn.Module):
         if self.autoencoder.config != config.autoencoder:
             raise ValueError("the autoencoder given has another configuration than config.autoencoder")
         self.autoencoder.requires_grad_(False)
-        if isinstance(self.head, CategoricalHead):
+        if isinstance(self.head, CodeBook):
             self.head.bind(self.autoencoder)
 
     @property
@@ -108,8 +109,14 @@ class Calm(nn.Module):
         """Backbone states (B, P, D) of patches (B, P, K); the state at p predicts patch p + 1.
 
         latent: the posterior means of these patches, where they are known and the input holds them; else they are encoded.
+        A head that reads tokens of the patch itself finds them behind the state, which is that much wider.
         """
-        return self.backbone(self._inputs(ids_BPK, latent_BPL), cache)
+        return self._with_context(self.backbone(self._inputs(ids_BPK, latent_BPL), cache), ids_BPK)
+
+    def _with_context(self, state_BPD: Tensor, ids_BPK: Tensor) -> Tensor:
+        if not isinstance(self.head, MixtureHead):
+            return state_BPD
+        return torch.cat((state_BPD, self.head.context(ids_BPK).to(state_BPD.dtype)), dim=-1)
 
     def _inputs(self, ids_BPK: Tensor, latent_BPL: Tensor | None = None) -> Tensor:
         """What the backbone reads, (B, P, D)."""
@@ -123,11 +130,13 @@ class Calm(nn.Module):
 
     def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
         """States and what branches attend to (see Backbone.branch)."""
-        return self.backbone.trunk(self._inputs(ids_BPK))
+        state_BPD, trunk = self.backbone.trunk(self._inputs(ids_BPK))
+        return self._with_context(state_BPD, ids_BPK), trunk
 
     def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
         """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
-        return self.backbone.branch(self._inputs(ids_BNK), trunk, at_N)
+        state_BND, grown = self.backbone.branch(self._inputs(ids_BNK), trunk, at_N)
+        return self._with_context(state_BND, ids_BNK), grown
 
     @property
     def has_latents(self) -> bool:

@@ -22,6 +22,15 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x_ND, self.weight.to(x_ND.dtype), self.eps)
 
 
+def embedded(table: nn.Embedding, ids: Tensor, norm: bool, eps: float) -> Tensor:
+    """Embeddings (..., D), with `norm` of mean square 1; no weights.
+
+    Fresh ones are some 20 times smaller than what blocks add to them, and what a token alone says of the next is learnt late.
+    """
+    x = table(ids)
+    return F.rms_norm(x, x.shape[-1:], eps=eps) if norm else x
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases; gate and up are one matrix, so one product."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nextvec.config import TokenLMConfig
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
+from nextvec.model.layers import embedded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +54,7 @@ class TokenLM(nn.Module):
 
     def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> Tensor:
         """Backbone states (B, P, D) of tokens (B, P, 1); the state at p predicts token p + 1."""
-        return self.backbone(self.embedding(ids_BPK[..., 0]), cache)
+        return self.backbone(self._embedded(ids_BPK), cache)
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` tokens."""
@@ -61,11 +62,15 @@ class TokenLM(nn.Module):
 
     def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
         """States and what branches attend to (see Backbone.branch)."""
-        return self.backbone.trunk(self.embedding(ids_BPK[..., 0]))
+        return self.backbone.trunk(self._embedded(ids_BPK))
 
     def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
         """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
-        return self.backbone.branch(self.embedding(ids_BNK[..., 0]), trunk, at_N)
+        return self.backbone.branch(self._embedded(ids_BNK), trunk, at_N)
+
+    def _embedded(self, ids_BPK: Tensor) -> Tensor:
+        config = self.config
+        return embedded(self.embedding, ids_BPK[..., 0], config.embedding_norm, config.backbone.norm_eps)
 
     def logits(self, state_ND: Tensor) -> Tensor:
         """Next-token logits (..., V)."""

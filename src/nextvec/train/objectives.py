@@ -88,7 +88,8 @@ class CalmTraining(nn.Module):
         if self.auxiliary is not None:
             scale = self.recipe.auxiliary_weight * auxiliary_scale(progress, self.recipe.auxiliary_until)
             if scale > 0.0:
-                auxiliary = self.auxiliary(state_BPD.flatten(0, 1), target_BPK.flatten(0, 1))
+                width = self.model.config.backbone.width  # what a head reads besides the state stands behind it
+                auxiliary = self.auxiliary(state_BPD[..., :width].flatten(0, 1), target_BPK.flatten(0, 1))
                 loss = loss + scale * auxiliary
                 metrics["auxiliary"] = auxiliary.detach()
         return loss, metrics

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from nextvec.config import CalmConfig, CategoricalHeadConfig, DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig
+from nextvec.config import (
+    CalmConfig,
+    CategoricalHeadConfig,
+    DiffusionHeadConfig,
+    EnergyHeadConfig,
+    FlowHeadConfig,
+    MixtureHeadConfig,
+)
 from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.heads.categorical import CategoricalHead
 from nextvec.model.heads.diffusion import DiffusionHead
 from nextvec.model.heads.energy import EnergyHead
 from nextvec.model.heads.flow import FlowHead
+from nextvec.model.heads.mixture import MixtureHead
 
-AnyHead: TypeAlias = EnergyHead | FlowHead | DiffusionHead | CategoricalHead | AutoregressiveHead
+AnyHead: TypeAlias = EnergyHead | FlowHead | DiffusionHead | CategoricalHead | MixtureHead | AutoregressiveHead
 
 
 def build_head(config: CalmConfig) -> AnyHead:
@@ -23,6 +31,8 @@ def build_head(config: CalmConfig) -> AnyHead:
         return DiffusionHead(head, width, latent)
     if isinstance(head, CategoricalHeadConfig):
         return CategoricalHead(config)
+    if isinstance(head, MixtureHeadConfig):
+        return MixtureHead(config)
     if isinstance(head, EnergyHeadConfig):
         return EnergyHead(head, width, latent)
-    return AutoregressiveHead(config, head.blocks)
+    return AutoregressiveHead(config)

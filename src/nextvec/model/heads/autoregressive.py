@@ -11,10 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nextvec.config import CalmConfig
+from nextvec.config import AutoregressiveHeadConfig, CalmConfig
 from nextvec.model.backbone import Backbone
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.interface import Generators, Metrics, wide
+from nextvec.model.layers import embedded
 
 
 class AutoregressiveHead(nn.Module):
@@ -28,13 +29,15 @@ class AutoregressiveHead(nn.Module):
     teacher: ClassVar[str] = "tokens"
     objective: ClassVar[str] = "cross_entropy"
 
-    def __init__(self, config: CalmConfig, blocks: int) -> None:
+    def __init__(self, config: CalmConfig) -> None:
         super().__init__()
+        assert isinstance(config.head, AutoregressiveHeadConfig)
+        self.config, self.eps = config.head, config.backbone.norm_eps
         width = config.backbone.width
         self.patch_size = config.patch_size
         self.state_in = nn.Linear(width, width)
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.decoder = Backbone(config.backbone.override(layers=blocks))
+        self.decoder = Backbone(config.backbone.override(layers=config.head.blocks))
 
     def loss(self, state_ND: Tensor, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """Mean cross-entropy in nats per token of the patches `target` (..., K), and the share of tokens it ranks first."""
@@ -66,7 +69,7 @@ class AutoregressiveHead(nn.Module):
         tokens = [token_MS]
         at_S = torch.zeros(draws, dtype=torch.int64, device=state_MD.device)
         for _ in range(self.patch_size - 1):
-            hidden_MSD, trunk = self.decoder.branch(self.embedding(token_MS), trunk, at_S)
+            hidden_MSD, trunk = self.decoder.branch(self._embedded(token_MS), trunk, at_S)
             token_MS = self._sample(hidden_MSD, 1, generator, temperature)
             tokens.append(token_MS)
         return torch.stack(tokens, dim=-1).transpose(0, 1).reshape(draws, *state_ND.shape[:-1], self.patch_size)
@@ -74,13 +77,16 @@ class AutoregressiveHead(nn.Module):
     def compile_regions(self) -> list[nn.Module]:
         return list(self.decoder.blocks)
 
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return embedded(self.embedding, ids, self.config.embedding_norm, self.eps)
+
     def _start(self, state_ND: Tensor) -> Tensor:
         return self.state_in(state_ND.to(self.state_in.weight.dtype))
 
     def _read(self, state_ND: Tensor, ids_MK: Tensor) -> Tensor:
         """What the decoder says before each token of whole patches, (M, K, D)."""
         state_MD = self._start(state_ND).reshape(-1, state_ND.shape[-1])
-        return self.decoder(torch.cat((state_MD[:, None], self.embedding(ids_MK[:, :-1]).to(state_MD.dtype)), dim=1))
+        return self.decoder(torch.cat((state_MD[:, None], self._embedded(ids_MK[:, :-1]).to(state_MD.dtype)), dim=1))
 
     def _log_softmax(self, hidden_MD: Tensor) -> Tensor:
         logits = hidden_MD.to(self.embedding.weight.dtype) @ self.embedding.weight.T

@@ -11,29 +11,21 @@ V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nextvec.config import TIMES, CalmConfig, CategoricalHeadConfig
-from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.adaln import AdaLNNet
+from nextvec.model.heads.codes import CodeBook, Codes
 from nextvec.model.heads.interface import Generators, Metrics, noise, wide
 from nextvec.model.layers import RMSNorm
 from nextvec.model.packed import version
 
 
-class Codes(NamedTuple):
-    """The posterior of every token of a factored autoencoder."""
-
-    mean: Tensor  # (V, E)
-    std: Tensor  # (V, E)
-    square: Tensor  # (), mean of std^2
-
-
-class CategoricalHead(nn.Module):
+class CategoricalHead(CodeBook, nn.Module):
     """At time t in [0, 1] a latent lies at x = (1 - t) x0 + t z, x0 standard normal noise and z a draw of the teacher.
 
     Logits of the token y at a place are what x says of it there, exactly, and what the network says:
@@ -51,7 +43,8 @@ class CategoricalHead(nn.Module):
     objective: ClassVar[str] = "cross_entropy"
 
     def __init__(self, config: CalmConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        CodeBook.__init__(self)
         assert isinstance(config.head, CategoricalHeadConfig)
         width, latent = config.backbone.width, config.autoencoder.latent
         self.config = config.head
@@ -60,28 +53,7 @@ class CategoricalHead(nn.Module):
         self.net = AdaLNNet(width, latent, self.patch_size * width, config.head.blocks)
         self.norm = RMSNorm(width, eps=config.backbone.norm_eps)
         self.output = nn.Linear(width, config.vocab_size, bias=False)
-        self._autoencoder: tuple[Autoencoder, ...] = ()  # in a tuple: the model's, and not a part of the head
-        self._codes: tuple[object, Codes] | None = None
         self._drawn_with: tuple[object, Codes, Tensor] | None = None
-
-    def bind(self, autoencoder: Autoencoder) -> None:
-        """Take the codes from this autoencoder, whatever weights it has or gets."""
-        assert autoencoder.config.factored
-        self._autoencoder = (autoencoder,)
-
-    @torch.no_grad()
-    def codes(self) -> Codes:
-        """Of the autoencoder's present weights."""
-        (autoencoder,) = self._autoencoder
-        weights = autoencoder.embedding.weight, autoencoder.to_latent.weight
-        state = tuple((version(weight), weight.dtype, weight.device) for weight in weights)
-        if self._codes is None or self._codes[0] != state:
-            with torch.autocast(weights[0].device.type, enabled=False):
-                ids = torch.arange(autoencoder.config.vocab_size, device=weights[0].device)
-                mean, log_std = autoencoder.encode(ids[:, None])
-            std = log_std.exp()
-            self._codes = (state, Codes(mean, std, std.square().mean()))
-        return self._codes[1]
 
     def loss(self, state_ND: Tensor, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """Mean cross-entropy in nats per token of the patches `target` (..., K), given their noisy latents.

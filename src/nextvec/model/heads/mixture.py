@@ -1,0 +1,135 @@
+"""Mixture head: the latent of each place is one of V Gaussians, the codes of a factored autoencoder (docs/heads.md).
+
+Legend: S draws, N positions (any leading dimensions), D width, K tokens per patch, L latent, E = L / K dimensions of a token,
+V vocabulary, W = max(1, K - 1) tokens that a place reads.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nextvec.config import CalmConfig, MixtureHeadConfig
+from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
+from nextvec.model.heads.codes import CodeBook
+from nextvec.model.heads.interface import Generators, Metrics, noise, wide
+from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU
+
+
+class MixtureHead(CodeBook, nn.Module):
+    """The law of the next patch's latent z, place after place:
+
+        p(z | state) = prod_k sum_y p(y | state, the W tokens before place k) N(z_k; mean_y, std_y^2)
+
+        log p(y | ...) = output_y . norm(blocks(slots_k(state) + sum_i before_i e(y_(k - i)))) + const
+
+    The expected latents of a flow whose places are clean one after the other end in this law, and its draws need no flow.
+    What stands before a place enters as the tokens that the latents decode to, as a patch enters the backbone (paper
+    section 3.3): the last tokens of the patch that the state has read (`context`), then those of this one. A path so short
+    learns which token follows which within the first steps of training, for all places at once; e is normalised, because
+    otherwise it is 20 times smaller than the slots at the start.
+    """
+
+    latents: ClassVar[bool] = True
+    teacher: ClassVar[str] = "tokens"
+    objective: ClassVar[str] = "cross_entropy"
+
+    def __init__(self, config: CalmConfig) -> None:
+        nn.Module.__init__(self)
+        CodeBook.__init__(self)
+        assert isinstance(config.head, MixtureHeadConfig)
+        width, eps = config.backbone.width, config.backbone.norm_eps
+        self.patch_size, self.width, self.window = config.patch_size, width, max(1, config.patch_size - 1)
+        self.slots = nn.Linear(width, self.patch_size * width)
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.embedding_norm = RMSNorm(width, eps=eps)
+        self.before = nn.Linear(self.window * width, width, bias=False)
+        self.blocks = nn.ModuleList(ResidualMLP(width, width, eps) for _ in range(config.head.blocks))
+        self.norm = RMSNorm(width, eps=eps)
+        self.output = nn.Linear(width, config.vocab_size, bias=False)
+
+    def zero_initialised(self) -> list[Tensor]:
+        """The blocks begin as the identity."""
+        return [mlp.down.weight for mlp in self.modules() if isinstance(mlp, SwiGLU)]
+
+    def context(self, ids_NK: Tensor) -> Tensor:
+        """What the head reads of a patch besides the state, (..., W * D); it stands behind the state (`Calm.states`)."""
+        return self._embedded(ids_NK[..., -self.window :]).flatten(-2)
+
+    def loss(self, state_ND: Tensor, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+        """Mean cross-entropy in nats per token of the patches `target` (..., K), and the share of tokens it ranks first."""
+        ids_MK = target.flatten(0, -2)
+        hidden_MKD = self._read(state_ND.flatten(0, -2), ids_MK)
+        loss, accuracy = linear_cross_entropy(hidden_MKD.flatten(0, 1), self.output.weight, ids_MK.reshape(-1))
+        return loss, {"cross_entropy": loss.detach(), "accuracy": accuracy.detach()}
+
+    def log_probabilities(self, state_ND: Tensor, ids_NK: Tensor) -> Tensor:
+        """log p(y | ...) of each place's Gaussian, in nats, (..., K)."""
+        ids_MK = ids_NK.flatten(0, -2)
+        hidden = self._read(state_ND.flatten(0, -2), ids_MK).flatten(0, 1)
+        rows = max(1, CHUNK_ELEMENTS // self.output.out_features)
+        parts = [
+            self._logits(part).log_softmax(-1).gather(-1, ids)
+            for part, ids in zip(hidden.split(rows), ids_MK.reshape(-1, 1).split(rows), strict=True)
+        ]
+        return torch.cat(parts).view(ids_NK.shape)
+
+    @torch.no_grad()
+    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
+        """S independent draws, (S, ..., L), for states (..., D); see `Head.draw`. The first place is read once for all draws."""
+        state_MD = state_ND.reshape(-1, state_ND.shape[-1]).to(self.output.weight.dtype)
+        dtype = wide(state_MD.dtype)
+        share = noise("uniform", state_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
+        codes = self.codes()
+        eps = noise("normal", state_ND, draws, self.patch_size * codes.mean.shape[1], generator, dtype)
+        slots, before = self._split(state_MD)
+        ids_SM = self._picked(self._hidden(slots[:, 0], before.flatten(-2)), share[..., 0].T).T
+        chosen, before = [ids_SM], before.expand(draws, *before.shape)
+        for place in range(1, self.patch_size):
+            before = torch.cat((before[..., 1:, :], self._embedded(ids_SM)[..., None, :]), dim=-2)
+            hidden_SMD = self._hidden(slots[:, place], before.flatten(-2))
+            ids_SM = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1)).view_as(ids_SM)
+            chosen.append(ids_SM)
+        ids = torch.stack(chosen, dim=-1)
+        z = codes.mean[ids].to(dtype) + codes.std[ids].to(dtype) * eps.view(*ids.shape, -1)
+        return z.view(draws, *state_ND.shape[:-1], -1).to(state_MD.dtype)
+
+    def compile_regions(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return self.embedding_norm(self.embedding(ids))
+
+    def _split(self, state_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots (M, K, D), and embeddings of the tokens before the patch (M, W, D)."""
+        state, context = state_MD.split((self.width, self.window * self.width), dim=-1)
+        return self.slots(state).unflatten(-1, (self.patch_size, -1)), context.unflatten(-1, (self.window, -1))
+
+    def _read(self, state_MD: Tensor, ids_MK: Tensor) -> Tensor:
+        """What `output` is multiplied with at every place of whole patches, (M, K, D)."""
+        slots, before = self._split(state_MD)
+        line = torch.cat((before, self._embedded(ids_MK[:, :-1]).to(before.dtype)), dim=1)
+        windows = torch.stack([line[:, place : place + self.window] for place in range(self.patch_size)], dim=1)
+        return self._hidden(slots, windows.flatten(-2))
+
+    def _hidden(self, slots: Tensor, before: Tensor) -> Tensor:
+        x = slots + self.before(before)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = hidden.to(self.output.weight.dtype) @ self.output.weight.T
+        return logits.to(wide(logits.dtype))
+
+    def _picked(self, hidden_RD: Tensor, share_Rn: Tensor) -> Tensor:
+        """Tokens (R, n) at which the cumulated law of each row passes these shares of it; for a chunk of rows at a time."""
+        rows = max(1, CHUNK_ELEMENTS // self.output.out_features)
+        parts = []
+        for hidden, share in zip(hidden_RD.split(rows), share_Rn.split(rows), strict=True):
+            below = self._logits(hidden).softmax(-1).cumsum(-1)
+            at = torch.searchsorted(below, (share * below[:, -1:]).contiguous(), right=True)
+            parts.append(at.clamp_(max=below.shape[-1] - 1))
+        return torch.cat(parts)
