@@ -66,9 +66,7 @@ class AutoencoderConfig(Config):
             rule = f"latent must be a multiple of patch_size {self.patch_size} where factored is true"
             raise ValueError(f"{rule}; got {self.latent}, try {self.latent - self.latent % -self.patch_size}")
         if self.factored and self.attention:
-            raise ValueError(
-                "attention mixes the tokens of a patch, and factored keeps them apart: leave one of them out"
-            )
+            raise ValueError("attention mixes the tokens of a patch, factored keeps them apart: leave one of them out")
         if self.mask_id >= self.vocab_size:
             raise ValueError(f"mask_id must be below vocab_size {self.vocab_size}; got {self.mask_id}")
         return self
