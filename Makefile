@@ -12,8 +12,10 @@ export GOMP_SPINCOUNT ?= 300
 demo: $(STAMP)
 	$(BIN)/nextvec demo
 
+# One test file per core, each on one thread: two threads for one test after the other take half again as long.
+WORKERS ?= 2
 test: $(STAMP)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: lint types test
 

@@ -8,9 +8,12 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, MixtureHeadConfig
 from nextvec.errors import ConfigError
+from nextvec.evaluate.bound import _log_p
+from nextvec.evaluate.windows import Batch
 from nextvec.model.calm import Calm
 from nextvec.model.heads.mixture import MixtureHead
 from nextvec.model.init import initialise
@@ -147,3 +150,38 @@ def test_it_needs_a_factored_autoencoder() -> None:
     with pytest.raises(ConfigError, match=r"head.kind mixture needs an autoencoder .* model.factored=true"):
         CalmConfig.parse({**config.model_dump(), "autoencoder": plain.model_dump()}, "model")
     assert not any("codes" in name or "autoencoder" in name for name in head_of(calm()).state_dict())
+
+
+def test_the_bound_looks_at_the_patchs_own_gaussians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With codes that the decoder never confuses it is the exact code length, at one draw; else it is above."""
+    model = calm()
+    head, ids = head_of(model), patches(2, 4)
+    state_BPD = model.states(ids)
+    z = head.latents_of(ids, 50, torch.Generator().manual_seed(0))
+    assert z.shape == (50, 2, 4, K * E)
+    codes = head.codes()
+    eps = (z.unflatten(-1, (K, E)) - codes.mean[ids]) / codes.std[ids]
+    assert float(eps.mean().abs()) < 0.1
+    assert float(eps.std()) == pytest.approx(1.0, abs=0.1)
+    batch = Batch(
+        ids=ids.flatten(1),
+        starts=torch.tensor([K, 2 * K, 3 * K]),
+        target=torch.stack([ids[:, 1], ids[:, 2], ids[:, 3]], dim=1),
+        valid=torch.ones(2, 3, K, dtype=torch.bool).index_fill(2, torch.tensor([K - 1]), False),
+        owner=torch.zeros(6, dtype=torch.int64),
+    )
+
+    def bound() -> Tensor:
+        chosen = torch.ones(2, 3, dtype=torch.bool)
+        return _log_p(model, batch, chosen, 4, (1.0,), torch.Generator().manual_seed(0))[0]
+
+    expected = head.log_probabilities(state_BPD[:, :-1], ids[:, 1:])[..., : K - 1].sum(-1).flatten()
+    assert bool((bound() < expected).all())
+
+    def nearest(z: Tensor) -> Tensor:
+        return one_hot(torch.cdist(z.unflatten(-1, (K, E)), codes.mean).argmin(-1), 16).double()
+
+    monkeypatch.setattr(head, "codes", lambda: codes._replace(std=torch.full_like(codes.std, 1e-9)))
+    monkeypatch.setattr(model.autoencoder, "decode_hidden", nearest)
+    model.autoencoder.embedding.weight.copy_(50.0 * torch.eye(VOCAB, 16))
+    torch.testing.assert_close(bound(), expected.expand(4, -1), rtol=0.0, atol=1e-9)

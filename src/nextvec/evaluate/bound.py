@@ -35,6 +35,7 @@ from nextvec.evaluate.windows import (
 )
 from nextvec.model.calm import Calm
 from nextvec.model.heads.autoregressive import AutoregressiveHead
+from nextvec.model.heads.mixture import MixtureHead
 from nextvec.model.token_lm import TokenLM
 from nextvec.scoring.clusters import cluster_ratio
 from nextvec.scoring.likelihood import Bound, Exact, Likelihood, Text, nested_bounds, patch_log_probability
@@ -259,9 +260,19 @@ def _log_p(
     target_NK, valid_NK = batch.target.to(device)[chosen_BQ], batch.valid.to(device)[chosen_BQ]
     parts = []
     left = draws
+    known: Tensor | float = 0.0
+    mixture = calm.head if isinstance(calm.head, MixtureHead) else None
+    if mixture is not None:
+        # of all Gaussians only the patch's own is looked at, with its probability: a lower bound of p with nearly all of it
+        known = mixture.log_probabilities(state_ND, target_NK).masked_fill(~valid_NK, 0.0).sum(-1)
     while left:
         now = min(left, max(1, LATENTS // len(state_ND)))
-        hidden_MKD = calm.autoencoder.decode_hidden(calm.draw_latents(state_ND, now, generator)).flatten(0, 1)
+        latents = (
+            calm.draw_latents(state_ND, now, generator)
+            if mixture is None
+            else mixture.latents_of(target_NK, now, generator)
+        )
+        hidden_MKD = calm.autoencoder.decode_hidden(latents).flatten(0, 1)
         log_p_GM = patch_log_probability(
             hidden_MKD,
             calm.autoencoder.embedding.weight,
@@ -269,7 +280,7 @@ def _log_p(
             valid_NK.repeat(now, 1),
             temperatures,
         )
-        parts.append(log_p_GM.unflatten(1, (now, -1)))
+        parts.append(log_p_GM.unflatten(1, (now, -1)) + known)
         left -= now
     return torch.cat(parts, dim=1)
 

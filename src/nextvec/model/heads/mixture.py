@@ -82,8 +82,7 @@ class MixtureHead(CodeBook, nn.Module):
         state_MD = state_ND.reshape(-1, state_ND.shape[-1]).to(self.output.weight.dtype)
         dtype = wide(state_MD.dtype)
         share = noise("uniform", state_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
-        codes = self.codes()
-        eps = noise("normal", state_ND, draws, self.patch_size * codes.mean.shape[1], generator, dtype)
+        eps = noise("normal", state_ND, draws, self.patch_size * self.codes().mean.shape[1], generator, dtype)
         slots, before = self._split(state_MD)
         ids_SM = self._picked(self._hidden(slots[:, 0], before.flatten(-2)), share[..., 0].T).T
         chosen, before = [ids_SM], before.expand(draws, *before.shape)
@@ -92,9 +91,15 @@ class MixtureHead(CodeBook, nn.Module):
             hidden_SMD = self._hidden(slots[:, place], before.flatten(-2))
             ids_SM = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1)).view_as(ids_SM)
             chosen.append(ids_SM)
-        ids = torch.stack(chosen, dim=-1)
-        z = codes.mean[ids].to(dtype) + codes.std[ids].to(dtype) * eps.view(*ids.shape, -1)
+        z = self._latents(torch.stack(chosen, dim=-1), eps)
         return z.view(draws, *state_ND.shape[:-1], -1).to(state_MD.dtype)
+
+    def latents_of(self, ids_NK: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+        """S latents of given patches (..., K), each place from its token's Gaussian: (S, ..., L)."""
+        codes, ids = self.codes(), ids_NK.expand(draws, *ids_NK.shape)
+        size = (*ids.shape[:-1], self.patch_size * codes.mean.shape[1])
+        eps = torch.randn(size, generator=generator, device=ids.device, dtype=codes.mean.dtype)
+        return self._latents(ids, eps).to(self.output.weight.dtype)
 
     def compile_regions(self) -> list[nn.Module]:
         return list(self.blocks)
@@ -113,6 +118,11 @@ class MixtureHead(CodeBook, nn.Module):
         line = torch.cat((before, self._embedded(ids_MK[:, :-1]).to(before.dtype)), dim=1)
         windows = torch.stack([line[:, place : place + self.window] for place in range(self.patch_size)], dim=1)
         return self._hidden(slots, windows.flatten(-2))
+
+    def _latents(self, ids: Tensor, eps: Tensor) -> Tensor:
+        codes = self.codes()
+        mean, std = (each[ids].to(eps.dtype).flatten(-2) for each in (codes.mean, codes.std))
+        return mean + std * eps.view_as(mean)
 
     def _hidden(self, slots: Tensor, before: Tensor) -> Tensor:
         x = slots + self.before(before)
