@@ -16,6 +16,7 @@ from nextvec.configs.read import read_settings, shipped
 from nextvec.errors import ConfigError
 from nextvec.evaluate.paper import AUTOENCODER_TOKENS, PAPER_TOKENS
 from nextvec.presets import LLAMA3_VOCAB, PRESETS, preset
+from nextvec.recipes import SHIPPED, arena
 from nextvec.rundir import read_config
 from nextvec.sweep.spec import read_spec
 from nextvec.text.prepare import prepare
@@ -82,7 +83,27 @@ def train(patch: pytest.MonkeyPatch, work: Path, name: str, out: Path) -> int:
 
 
 def test_there_is_a_recipe_for_each_run_of_the_paper() -> None:
-    assert shipped() == sorted(f"paper/{name}" for name in PAPER)
+    assert shipped() == sorted([*(f"paper/{name}" for name in PAPER), *SHIPPED.values()])
+
+
+def test_the_fast_files_train_one_after_the_other(monkeypatch: pytest.MonkeyPatch, work: Path, tmp_path: Path) -> None:
+    """As their comments say, on models made small; the arena's settings are theirs."""
+    encoder, small = tmp_path / "encoder", ["--device", "cpu", *TRAIN, "data.context_tokens=64", "optim.warmup=1"]
+    for kind, file in SHIPPED.items():
+        settings, arms = read_settings(file), arena(kind, 2048, 10.0)
+        assert {name: settings[name] for name in arms} == arms
+        assert settings.keys() - arms.keys() <= {"kind", "train"}
+        verb = next(verb for verb, of in VERBS.items() if of == settings["kind"])
+        words = ["train", verb, "--config", file, "--data", work / "shards", "--out", tmp_path / kind]
+        if kind == "autoencoder":
+            words[-1] = encoder
+            words += ["model.width=16", "model.inner=16", "model.latent=8"]
+        else:
+            words += ["--autoencoder", encoder] if kind == "calm" else []
+            words += ["model.autoencoder.patch_size=4"] if kind == "multi-token" else []
+            words += BACKBONE
+        assert command(monkeypatch, *words, *small) == 0
+    assert arena("autoencoder", 8000, 10.0)["data"]["rows"] == 8
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from nextvec.configs.read import read_settings
 from nextvec.errors import ConfigError
 from nextvec.settings import unknown_name
 
@@ -20,10 +21,12 @@ AUTOENCODER_LEAST, AUTOENCODER_MOST = 80, 150
 # Of energy's, whose tokens share dimensions, 4,096 tokens of text each: 400 give 99.92 % of held-out tokens and 500 99.96 %,
 # 200 only 97.3 %; with many more the latents' standard deviation outgrows what decodes at twice the noise.
 MIXED_STEPS = 500
-CONTEXT, ROWS = 1024, 4  # tokens of a training window, windows of a step
-WARMUP = 30  # steps
-# AdamW of embeddings and vocabulary, of the three arms that learn by cross-entropy: 3e-3 is slow for all of them (docs/recipe.md)
-RATE = 0.02
+SHIPPED = {  # arms that are shipped settings files as well (`nextvec train --config fast/calm`)
+    "autoencoder": "fast/autoencoder",
+    "calm": "fast/calm",
+    "token": "fast/transformer",
+    "multi-token": "fast/multi-token",
+}
 
 
 def arena(kind: str, vocab_size: int, minutes: float) -> dict[str, Any]:
@@ -36,34 +39,24 @@ def arena(kind: str, vocab_size: int, minutes: float) -> dict[str, Any]:
     head and autoencoder. Like the token Transformer it reads embeddings of unit size, as the mixture head does.
     Raises ConfigError for an unknown kind.
     """
-    shared: dict[str, Any] = {"data": {"context_tokens": CONTEXT, "rows": ROWS}, "optim": {"warmup": WARMUP}}
-    fast = {**shared, "optim": {"warmup": WARMUP, "lr": RATE}}
-    backbone = {"layers": 4, "width": 192, "inner": 512, "heads": 3}
-    encoder = {"patch_size": 4, "width": 128, "inner": 320, "latent": 128}
-    if kind == "autoencoder":
-        rows = max(1, -(-vocab_size // CONTEXT))  # a step is about one look at each token
-        own = {"data": {"context_tokens": CONTEXT, "rows": rows}, "optim": {"warmup": 10}}
-        return {"model": {**encoder, "factored": True}, **own}
+    if kind in SHIPPED:
+        settings = {
+            name: value for name, value in read_settings(SHIPPED[kind]).items() if name not in ("kind", "train")
+        }
+        if kind == "autoencoder":  # a step is about one look at each token
+            settings["data"]["rows"] = max(1, -(-vocab_size // settings["data"]["context_tokens"]))
+        return settings
+    calm = read_settings(SHIPPED["calm"])
+    shared = {"data": calm["data"], "optim": {"warmup": calm["optim"]["warmup"]}}
     if kind == "mixed-autoencoder":
-        return {"model": encoder, **shared}
-    if kind == "calm":
-        head = {"kind": "mixture", "blocks": 1}
-        return {"model": {"backbone": backbone, "head": head}, "recipe": {"name": "paper"}, **fast}
+        return {"model": {"patch_size": 4, "width": 128, "inner": 320, "latent": 128}, **shared}
     if kind == "energy":
         return {
-            "model": {"backbone": backbone, "head": {"kind": "energy", "blocks": 2}},
+            "model": {"backbone": calm["model"]["backbone"], "head": {"kind": "energy", "blocks": 2}},
             "energy": {"draws": 8, "teacher": "exact"},
             "recipe": {"name": "fast"},
             **shared,
         }
-    if kind == "multi-token":
-        return {
-            "model": {"backbone": backbone, "head": {"kind": "autoregressive", "blocks": 1, "embedding_norm": True}},
-            "recipe": {"name": "paper"},  # its own cross-entropy is all that it learns from
-            **fast,
-        }
-    if kind == "token":
-        return {"model": {"backbone": backbone, "embedding_norm": True}, **fast}
     raise ConfigError(unknown_name("arm", kind, list(KINDS)))
 
 
