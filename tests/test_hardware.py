@@ -264,3 +264,14 @@ def test_waiting_threads_spin_as_the_user_says_and_briefly_where_the_system_is_s
 
 def _missing(*_: object, **__: object) -> io.StringIO:
     raise FileNotFoundError
+
+
+def test_bf16_where_it_is_emulated_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
+    found = hardware.slow_precision("bf16", torch.device("cpu"))
+    assert found is not None
+    assert "no bf16 instructions" in found
+    assert "fp32" in found
+    assert hardware.slow_precision("fp32", torch.device("cpu")) is None
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)
+    assert hardware.slow_precision("bf16", torch.device("cpu")) is None

@@ -288,6 +288,12 @@ def test_an_exhausted_budget_says_what_was_used(temperature: float, remedy: str)
     assert next(counter) <= 1000
 
 
+def test_a_race_that_the_budget_cuts_short_is_no_restart() -> None:
+    """1/T = 2.5: two equal draws, and none left for the race that decides on the half."""
+    with pytest.raises(BudgetError, match="2 draws used, 0 restarts"):
+        exact_temperature(lambda count: torch.zeros(count, 1, dtype=torch.int64), 0.4, seeded(), budget=2)
+
+
 def test_an_exhausted_budget_estimates_the_cost_from_equal_draws() -> None:
     draw, _ = sampler((0.02,) * 50, seeded())
     for temperature, words in (

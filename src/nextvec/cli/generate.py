@@ -68,7 +68,7 @@ def generate(
     """Print a prompt and its continuation, patch by patch as it is drawn; or the texts of many prompts as they end."""
     from nextvec.config import AutoencoderConfig, CalmConfig, TokenLMConfig
     from nextvec.errors import ConfigError
-    from nextvec.hardware import DTYPES, choose_device
+    from nextvec.hardware import DTYPES, choose_device, slow_precision
     from nextvec.model.calm import Calm
     from nextvec.model.token_lm import TokenLM
     from nextvec.rundir import load_run, read_config
@@ -96,8 +96,11 @@ def generate(
         )
     latents = isinstance(kind, CalmConfig) and kind.head.kind != "autoregressive"
     settings.check_model(isinstance(kind, TokenLMConfig), latents)
+    place = choose_device(device)
+    if (slow := slow_precision(precision, place)) is not None:
+        print(slow, file=sys.stderr)
     with _target(jsonl) as write:
-        loaded = load_run(run, choose_device(device), DTYPES["bf16" if precision == "bf16" else "fp32"])
+        loaded = load_run(run, place, DTYPES["bf16" if precision == "bf16" else "fp32"])
         change_solver(loaded, solver, steps)
         model = loaded.model
         assert isinstance(model, Calm | TokenLM)

@@ -65,7 +65,7 @@ def serve(
     )
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision must be fp32 or bf16; got {precision!r}")
-    from nextvec.hardware import DTYPES, choose_device
+    from nextvec.hardware import DTYPES, choose_device, slow_precision
     from nextvec.serve.api import build_app
     from nextvec.serve.logs import event, log_to_stderr
     from nextvec.serve.metrics import Metrics
@@ -75,8 +75,10 @@ def serve(
 
     socket, metrics = take_address(settings), Metrics()  # a port that is taken is told before models load
     with socket:
-        dtype = DTYPES["bf16" if precision == "bf16" else "fp32"]
-        models = load_models(runs, settings, metrics, choose_device(device), dtype)
+        dtype, place = DTYPES["bf16" if precision == "bf16" else "fp32"], choose_device(device)
+        if (slow := slow_precision(precision, place)) is not None:
+            print(slow, file=sys.stderr)
+        models = load_models(runs, settings, metrics, place, dtype)
         log_to_stderr()
         if host not in LOOPBACK and api_key is None:
             print(

@@ -57,9 +57,11 @@ def exact_temperature(
         source.take((first + 1) * whole)
         restarts += first
         winner_K = block_mNK[first, 0]
-        if rest == 0 or _accept(source, winner_K, rest, generator):
+        accepted = True if rest == 0 else _accept(source, winner_K, rest, generator)
+        if accepted:
             return winner_K
-        restarts += 1
+        if accepted is not None:
+            restarts += 1
 
 
 def estimate_normaliser(draws_NK: Tensor, temperature: float) -> tuple[float, float] | None:
@@ -85,13 +87,16 @@ def _agreement(draws_NK: Tensor, together: int) -> float:
     return equal / math.comb(len(counts), together)
 
 
-def _accept(source: _Draws, winner_K: Tensor, rest: float, generator: torch.Generator) -> bool:
-    """Second phase of Algorithm 1: true with probability P(winner)^a, by a race of draws against a/1, a/2, ..."""
+def _accept(source: _Draws, winner_K: Tensor, rest: float, generator: torch.Generator) -> bool | None:
+    """Second phase of Algorithm 1: true with probability P(winner)^a, by a race of draws against a/1, a/2, ...
+
+    None where the draws end before the race does: the caller finds the budget spent as well.
+    """
     failures = 0
     while True:
         block_m1K = source.peek(1)
         if block_m1K is None:
-            return False  # the caller finds the budget spent as well
+            return None
         match_m = (block_m1K[:, 0] == winner_K).all(dim=-1)
         step_m = torch.arange(1, len(match_m) + 1, device=match_m.device) + failures
         uniform_m = torch.rand(len(match_m), generator=generator, device=generator.device).to(match_m.device)

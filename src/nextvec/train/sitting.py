@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextvec.config import RunConfig
 from nextvec.errors import DataError, UserError
-from nextvec.hardware import Precision, choose_precision, matmul_rates, memory_in_use, synchronize
+from nextvec.hardware import Precision, choose_precision, matmul_rates, memory_in_use, slow_precision, synchronize
 from nextvec.train import checkpoint
 from nextvec.train.anomalies import Detector
 from nextvec.train.compile import compile_blocks
@@ -337,6 +337,8 @@ class Sitting:
     def _choose_precision(self, found: checkpoint.Checkpoint | None) -> Precision:
         wanted = self.config.train.precision
         if wanted != "auto":
+            if (slow := slow_precision(wanted, self.device)) is not None:
+                self.display.note(slow)
             return wanted
         if found is not None:
             return found.state.precision  # a new measurement might choose differently, and end bit-exactness
