@@ -36,6 +36,7 @@ from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.heads.denoise import denoise, evenly_in_signal, first_time
 from nextvec.model.heads.diffusion import DiffusionHead
 from nextvec.model.heads.flow import FlowHead, integrate
+from nextvec.model.heads.mixture import MixtureHead
 from nextvec.model.heads.schedule import cosine_schedule, spaced
 from nextvec.model.init import initialise
 from nextvec.model.posterior import Posterior
@@ -75,6 +76,12 @@ def calm(head: HeadKind, vocab: int = 61, patch_size: int = 4) -> Calm:
 
 def states(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def read_by(model: Calm, *shape: int) -> Tensor:
+    """States as the model's head reads them: with what it reads of the last patch behind them."""
+    more = 3 * 12 if isinstance(model.head, MixtureHead) else 0
+    return torch.cat((states(*shape), normal(*shape, more, seed=9)), dim=-1)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -344,7 +351,7 @@ def test_a_head_that_learns_draws_the_teachers_law(kind: str, solver: str) -> No
 @every_head
 def test_draws_depend_on_state_noise_and_seed_alone(head: HeadKind) -> None:
     model = calm(head)
-    state = states(2, 3)
+    state = read_by(model, 2, 3)
     draw: Callable[[int], Tensor] = lambda seed: model.head.draw(state, 5, torch.Generator().manual_seed(seed))  # noqa: E731
     assert draw(0).shape == (5, 2, 3, model.config.autoencoder.latent if model.has_latents else 4)
     assert torch.equal(draw(0), draw(0))
@@ -360,7 +367,8 @@ def test_draws_depend_on_state_noise_and_seed_alone(head: HeadKind) -> None:
 
 @every_head
 def test_with_a_generator_for_each_state_a_draw_is_what_it_would_be_alone(head: HeadKind) -> None:
-    model, state = calm(head), states(3)
+    model = calm(head)
+    state = read_by(model, 3)
     together = model.head.draw(state, 4, [torch.Generator().manual_seed(seed) for seed in range(3)])
     for row in range(3):
         alone = model.head.draw(state[row : row + 1], 4, [torch.Generator().manual_seed(row)])
@@ -370,10 +378,11 @@ def test_with_a_generator_for_each_state_a_draw_is_what_it_would_be_alone(head: 
 @every_head
 def test_a_bf16_model_draws_in_its_own_precision(head: HeadKind) -> None:
     model = calm(head).to(torch.bfloat16)
-    drawn = model.head.draw(states(3).bfloat16(), 2, torch.Generator().manual_seed(0))
+    state = read_by(model, 3).bfloat16()
+    drawn = model.head.draw(state, 2, torch.Generator().manual_seed(0))
     assert drawn.dtype == (torch.bfloat16 if model.has_latents else torch.int64)
     assert bool(torch.isfinite(drawn.float()).all())
-    assert model.draw_tokens(states(3).bfloat16(), 2, torch.Generator().manual_seed(0)).shape == (2, 3, 4)
+    assert model.draw_tokens(state, 2, torch.Generator().manual_seed(0)).shape == (2, 3, 4)
 
 
 @every_head
@@ -382,7 +391,7 @@ def test_losses_are_float32_under_autocast_and_reach_every_parameter(head: HeadK
     model.head.requires_grad_(True)
     ids = torch.randint(0, 61, (2, 3, 4), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, metrics = model.loss(states(2, 3).float(), ids, torch.Generator().manual_seed(0))
+        loss, metrics = model.loss(read_by(model, 2, 3).float(), ids, torch.Generator().manual_seed(0))
     assert loss.dtype == torch.float32
     assert float(metrics[model.head.objective]) == float(loss.detach())
     loss.backward()

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import tomllib
 import types
 import zipfile
@@ -153,14 +152,19 @@ def test_help_of_every_verb_loads_nothing_heavy() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """The quickest of three, so that a busy machine does not fail it."""
+    """The quickest of three in processor time, so that a busy machine does not fail it."""
     times = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = _seconds_of_children()
         done = subprocess.run([sys.executable, "-c", SHOW_HELP, "[[]]"], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - begin)
+        times.append(_seconds_of_children() - begin)
         assert "Usage: nextvec" in done.stdout
     assert min(times) < HELP_SECONDS
+
+
+def _seconds_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_public_names_resolve_and_explain_themselves() -> None:
