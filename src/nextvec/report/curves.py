@@ -64,7 +64,7 @@ LOSSES = {  # of the heads of latents, by the metric's name: what a picture call
     "cross_entropy": (
         "cross-entropy of patches",
         "nats per token",
-        "the cross-entropy of the next patch's tokens, given its latent in noise (half of the time nothing but noise)",
+        "the cross-entropy of the next patch's tokens, each given what its head sees of that patch",
     ),
 }
 
@@ -74,11 +74,15 @@ def loss_curves(inputs: Inputs) -> str:
     calm, baseline = inputs.metrics["calm"], inputs.metrics["baseline"]
     key = next((name for name in LOSSES if calm.curve("train", "tokens", name)[0]), "energy")
     name, unit, meaning = LOSSES[key]
+    compared = (
+        "With the mixture head the two compare, both being nats per token given all text before it; with another they do not."
+        if key == "cross_entropy"
+        else "The two have different units and cannot be compared with each other."
+    )
     parts = [
         paragraph(
             f"CALM minimises {meaning}, lower is better, and the token Transformer the cross-entropy of one token after the "
-            f"other. The two {'ask different questions' if key == 'cross_entropy' else 'have different units'} and cannot be "
-            "compared with each other."
+            f"other. {compared}"
         )
     ]
     if not calm.train:
