@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 300
 demo: $(STAMP)
 	$(BIN)/nextvec demo
 
-# One test file per core, each on one thread: two threads for one test after the other take half again as long.
+# One test file per core, each on one thread.
 WORKERS ?= 2
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile

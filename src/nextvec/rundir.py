@@ -161,7 +161,8 @@ def _load_weights(model: nn.Module, path: Path, device: str | torch.device, dtyp
                 f"{path}: {name} has shape {tuple(tensor.shape)}, config.yaml needs {tuple(wanted[name].shape)}"
             )
     # copied, because in a mapped file they lie at any address: products may round by it, and a resumed run must not differ
-    model.load_state_dict({name: t.to(dtype, copy=True) for name, t in tensors.items()}, assign=True)
+    mapped = torch.device(device).type == "cpu"
+    model.load_state_dict({name: t.to(dtype, copy=mapped) for name, t in tensors.items()}, assign=True)
 
 
 __all__ = ["Run", "build_model", "load_autoencoder", "load_model", "load_run", "read_config", "save_run"]

@@ -131,7 +131,7 @@ class MixtureHead(CodeBook, nn.Module):
         return self.norm(x)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.output(hidden.to(self.output.weight.dtype))  # of one row, four times as fast as hidden @ weight.T
+        logits = self.output(hidden.to(self.output.weight.dtype))
         return logits.to(wide(logits.dtype))
 
     def _picked(self, hidden_RD: Tensor, share_Rn: Tensor) -> Tensor:
