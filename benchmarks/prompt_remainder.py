@@ -41,7 +41,7 @@ from nextvec.scoring.brier import brier_scores
 from nextvec.scoring.clusters import cluster_ratio
 from nextvec.text.shards import TokenShards
 
-CANDIDATES = Sampling.candidates
+CANDIDATES = 200
 ORDER = 4
 SAMPLES = 16
 LONGEST = 64  # patches of a prompt, fewer than

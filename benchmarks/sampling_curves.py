@@ -10,7 +10,8 @@ them or more.
 
 * batch sampler: from 4 pools of N = 200 draws per context; the law of its choice from a pool is known, so that only the pools are
   random.
-* medoid, centre, shrunk: of n of these draws. noise: 32 draws with scaled noise.
+* medoid, centre, shrunk: of n of these draws. noise: 32 draws with scaled noise, of an energy head.
+* temperature: 128 draws token by token, of a head that knows the law of each token.
 * adaptive pool: a choice from each of the 4 pools.
 * baseline: the first token by exact probabilities, two by 32 texts.
 
@@ -33,12 +34,14 @@ from nextvec.evaluate.collision import (
     CANDIDATES,
     DRAWS,
     SIZES,
+    TOKENS,
     Context,
     Patch,
     Points,
     Tally,
     contexts,
     draw_figures,
+    measure_by_token,
     measure_latents,
     measure_tokens,
     patches,
@@ -46,11 +49,13 @@ from nextvec.evaluate.collision import (
 )
 from nextvec.files import atomic_path, check_target, write_json
 from nextvec.model.calm import Calm
+from nextvec.model.heads.energy import EnergyHead
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import load_run
 from nextvec.sampling.approximate import adaptive_patch, centre, medoid, scaled_noise, shrunk
 from nextvec.sampling.pools import choose_patch
 from nextvec.sampling.settings import row_generator
+from nextvec.sampling.temperature import sharpener
 from nextvec.text.shards import TokenShards
 
 NOISES = (0.0, 0.1, 0.25, 0.5, 0.75)
@@ -74,8 +79,9 @@ def measure_calm(model: Calm, places: list[Context], eos: int, pad: int, seed: i
             add("medoid", size, patches(decode(medoid(latent_NL.unflatten(0, (-1, size))[:DRAWS]))))
         for scale in SHRINKS:
             add("shrunk", scale, patches(decode(shrunk(latent_NL.unflatten(0, (-1, 25)), scale))))
-        for scale in NOISES:
-            quiet_NL = scaled_noise(model.head, state_D, DRAWS, generator, scale)  # type: ignore[arg-type]
+        for scale in NOISES if isinstance(model.head, EnergyHead) else ():
+            assert isinstance(model.head, EnergyHead)
+            quiet_NL = scaled_noise(model.head, state_D, DRAWS, generator, scale)
             add("noise", scale, patches(decode(quiet_NL)))
         for error in ERRORS:
             picked = [
@@ -89,6 +95,8 @@ def measure_calm(model: Calm, places: list[Context], eos: int, pad: int, seed: i
             print(f"{index} of {len(places)} contexts", flush=True)
 
     measure_latents(model, places, tally, eos_id=eos, pad_id=pad, seed=seed, more=more)
+    if model.by_token:
+        measure_by_token(model, places, tally, eos_id=eos, pad_id=pad, seed=seed)
 
 
 class _Served:
@@ -115,9 +123,12 @@ def seconds(model: Calm, places: list[Context], eos: int, pad: int) -> dict[str,
         "medoid of 16": lambda s, g: decode(medoid(model.draw_latents(s, 16, g).transpose(0, 1))),
         "medoid of 200": lambda s, g: decode(medoid(model.draw_latents(s, 200, g).transpose(0, 1))),
         "centre of 16": lambda s, g: decode(centre(model.draw_latents(s, 16, g).transpose(0, 1))),
-        "noise": lambda s, g: decode(scaled_noise(model.head, s, 1, g, 0.5)),  # type: ignore[arg-type]
         "one draw": lambda s, g: model.draw_tokens(s, 1, g),
     }
+    if isinstance(head := model.head, EnergyHead):
+        methods["noise"] = lambda s, g: decode(scaled_noise(head, s, 1, g, 0.5))
+    if model.by_token:
+        methods["token by token"] = lambda s, g: model.draw_by_token(s, g, sharpener(0.5))
     states = [state_of(model, context, eos, pad)[None] for context in places[:TIMED]]
     taken: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(4):
@@ -144,17 +155,19 @@ def draw_figure(points: Points, path: Path) -> None:
         "baseline": ("k", "o", "token baseline, T"), "batch sampler": ("C0", "s", "batch sampler, N = 200, T"),
         "adaptive pool": ("C1", "D", "adaptive pool at T = 0.5, error"), "medoid": ("C2", "^", "medoid of n"),
         "centre": ("C3", "v", "centre of n"), "shrunk": ("C4", "P", "shrunk to the centre of 25, scale"),
-        "noise": ("C5", "X", "scaled noise, scale"),
+        "noise": ("C5", "X", "scaled noise, scale"), TOKENS: ("C6", "*", "CALM token by token, T"),
     }  # fmt: skip
     for axes, unit in zip(figure.subplots(1, 2), ("token", "pair"), strict=True):
         for method, (colour, marker, label) in looks.items():
             mine = sorted((p for p in points if p["method"] == method), key=lambda p: p[f"{unit}_collision"])
+            if not mine:
+                continue
             across, up = ([p[f"{unit}_{what}"] for p in mine] for what in ("collision", "accuracy"))
             errors = [p[f"{unit}_accuracy_stderr"] for p in mine]
             axes.errorbar(
                 across, up, errors, color=colour, marker=marker, markersize=4, linewidth=1, elinewidth=0.4, label=label
             )
-            if method in ("baseline", "batch sampler"):
+            if method in ("baseline", "batch sampler", TOKENS):
                 for p in mine[:: max(1, len(mine) - 1)]:
                     spot = (p[f"{unit}_collision"], p[f"{unit}_accuracy"])
                     axes.annotate(f"T = {p['strength']:.3g}", spot, (4, -10), textcoords="offset points", fontsize=7)

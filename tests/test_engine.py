@@ -141,7 +141,7 @@ def test_many_prompts_wait_for_few_slots(model: Calm | TokenLM) -> None:
 
 def sliding_twin(model: Calm, prompt: list[int], settings: Sampling, capacity: int) -> list[int]:
     """Plain loop: read the last patches anew whenever there are more than `capacity`, one patch at a time otherwise."""
-    from nextvec.sampling.draw import draw_patches
+    from nextvec.sampling.draw import abilities, draw_patches
     from nextvec.sampling.settings import row_generator
 
     size, generator = model.patch_size, row_generator(settings.seed, 0, torch.device("cpu"))
@@ -152,7 +152,7 @@ def sliding_twin(model: Calm, prompt: list[int], settings: Sampling, capacity: i
             patches = patches[-(capacity * 3 // 4) :]
         with torch.no_grad():
             state = model.states(torch.tensor([patches]))[:, -1]
-            patch = draw_patches(model, state, settings.law, [generator]).patch[0].tolist()
+            patch = draw_patches(model, state, settings.for_model(abilities(model)).law, [generator]).patch[0].tolist()
         if EOS in patch:
             return text + patch[: patch.index(EOS)]
         text += patch
@@ -345,7 +345,7 @@ def test_the_centre_of_latents_is_decoded_once() -> None:
 
 def test_mistakes_are_told_at_the_call() -> None:
     model = calm(2)
-    with pytest.raises(UserError, match="method must be one of pool, centre; got 'mean'"):
+    with pytest.raises(UserError, match="method must be one of auto, pool, centre, token; got 'mean'"):
         Sampling(method="mean")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="method centre averages latents, which this model does not draw"):
         engine(token_lm()).add([], Sampling(method="centre"))
@@ -359,9 +359,9 @@ def test_mistakes_are_told_at_the_call() -> None:
         engine(model).add([VOCAB], Sampling())
     with pytest.raises(UserError, match="slots must be at least 1"):
         engine(model, slots=0)
-    with pytest.raises(UserError, match=r"top_k cuts the probabilities .* which a CALM does not have"):
+    with pytest.raises(UserError, match=r"top_k cuts the law of the next token, which method pool does not look at"):
         stream_text(model, "a", top_k=3)
-    with pytest.raises(UserError, match=r"top_p cuts the probabilities .* which a CALM does not have"):
+    with pytest.raises(UserError, match=r"top_p cuts the law of the next token, which method pool does not look at"):
         stream_text(model, "a", top_p=0.5)
     with pytest.raises(UserError, match=r"top_p must be in \(0, 1\]; got 1.5"):
         stream_text(token_lm(), "a", top_p=1.5)

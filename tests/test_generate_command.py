@@ -87,7 +87,7 @@ def test_the_commands_defaults_are_those_of_the_api(
     options = inspect.signature(verb).parameters
     for name in ("temperature", "max_tokens", "seed"):
         assert options[name].default == getattr(Sampling(), name)
-    for method, candidates in (("pool", Sampling.candidates), ("centre", 8)):
+    for method, candidates in (("pool", 200), ("centre", 8)):
         asked = ["--prompt", "go", "--max-tokens", 9, "--method", method]
         told = []
         for more in ([], ["--candidates", candidates]):
@@ -115,11 +115,11 @@ def test_text_beyond_the_context_of_training_is_told(
         (["calm", "--max-tokens", 10**8], "max_tokens must be at most 1,000,000; got 100,000,000: memory holds"),
         (["calm", "--candidates", 10**11], "candidates must be at most 100,000; got 100,000,000,000: memory holds"),
         (["calm", "--device", "tpu"], "device must be one of auto, cpu, cuda, mps; got 'tpu'"),
-        (["calm", "--top-k", 5], "top_k cuts the probabilities of the next token, which a CALM does not have"),
-        (["calm", "--top-p", 0.5], "top_p cuts the probabilities of the next token, which a CALM does not have"),
+        (["calm", "--top-k", 5], "top_k cuts the law of the next token, which method pool does not look at"),
+        (["calm", "--top-p", 0.5], "top_p cuts the law of the next token, which method pool does not look at"),
         (["tokens", "--top-p", 0], "top_p must be in (0, 1]; got 0"),
         (["tokens", "--top-k", 0], "top_k must be at least 1; got 0"),
-        (["calm", "--method", "mean"], "method must be one of pool, centre; got 'mean'"),
+        (["calm", "--method", "mean"], "method must be one of auto, pool, centre, token; got 'mean'"),
         (["tokens", "--method", "centre"], "method centre averages latents, which this model does not draw"),
         (["calm", "--stop", ""], "stop must be a list of texts, none of them empty"),
         (["calm", "-n", 0], "samples must be at least 1; got 0"),

@@ -26,6 +26,7 @@ from nextvec.model.calm import Calm
 from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.init import initialise
 from nextvec.rundir import load_run
+from nextvec.sampling.temperature import sharpener
 from nextvec.text.prepare import prepare
 from nextvec.text.tokenizer import byte_tokenizer
 from nextvec.train.objectives import build_objective
@@ -90,7 +91,7 @@ def test_each_token_is_drawn_at_the_temperature(temperature: float) -> None:
         log_V = head.log_probabilities(state_D.expand(V, -1), ids_VK)[:, place]
         return (log_V / temperature).softmax(-1)
 
-    draws_SK = head.draw(state_D, S, torch.Generator().manual_seed(0), temperature)
+    draws_SK = head.draw_sharpened(state_D, S, torch.Generator().manual_seed(0), sharpener(temperature))
     first_V = law([], 0)
     likely = int(first_V.argmax())
     second_V = law([likely], 1)

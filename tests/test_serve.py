@@ -151,8 +151,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"frequency_penalty": 0.5}, "frequency_penalty cannot be had"),
     ({"best_of": 3}, "best_of cannot be had"),
     ({"suffix": "end"}, "suffix cannot be had"),
-    ({"top_p": 0.9}, "top_p cuts the probabilities of the next token, which a CALM does not have"),
-    ({"top_k": 9}, "top_k cuts the probabilities"),
+    ({"top_p": 0.9}, "top_p cuts the law of the next token, which method pool does not look at"),
+    ({"top_k": 9}, "top_k cuts the law of the next token"),
     ({"temperature": 0}, r"temperature must be in \(0, 1\]; got 0"),
     ({"temperature": 1.5}, r"temperature must be in \(0, 1\]; got 1.5"),
     ({"temperature": "hot"}, "temperature: input should be a valid number"),
@@ -170,9 +170,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x"] * 17}, "stop is at most 16 texts"),
     ({"stream_options": {"include_usage": True}}, "stream_options needs stream to be true"),
     ({"tempersture": 1}, "there is no field 'tempersture' here"),
-    ({"method": "exact"}, "method: input should be 'pool' or 'centre'"),
+    ({"method": "exact"}, "method: input should be 'auto', 'pool', 'centre' or 'token'"),
     ({"method": "centre", "temperature": 0.5}, "method centre has no temperature, and got 0.5: leave it out"),
-    ({"method": "centre", "top_p": 0.9}, "top_p cuts the probabilities of the next token"),
+    ({"method": "centre", "top_p": 0.9}, "top_p cuts the law of the next token, which method centre does not look at"),
     ({"method": "centre", "candidates": 5000}, "candidates is at most 1000 here; got 5000"),
     ({"model": "baseline", "method": "centre"}, "method centre averages latents, which this model does not draw"),
 ]
@@ -233,7 +233,7 @@ def test_methods_are_in_the_description(server: Running) -> None:
     made.close()
     for name in ("CompletionRequest", "ChatRequest", "PatchRequest"):
         method = schemas[name]["properties"]["method"]
-        assert next(each["enum"] for each in method["anyOf"] if "enum" in each) == ["pool", "centre"]
+        assert next(each["enum"] for each in method["anyOf"] if "enum" in each) == ["auto", "pool", "centre", "token"]
         assert "the mean of a few latents" in method["description"]
 
 

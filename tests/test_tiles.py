@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nextvec.model.cache import KVCache
 from nextvec.sampling import tiles
+from nextvec.sampling.draw import abilities
 from nextvec.sampling.engine import Engine
 from nextvec.sampling.settings import Sampling
 from nextvec.sampling.tiles import Tiles
@@ -62,7 +63,9 @@ def test_a_model_is_tried_once_and_tiles_have_few_draws() -> None:
     model = calm(2)
     first = Tiles(model)
     assert first.rows in (1, tiles.ROWS)
-    assert [first._most_rows(law.law) for law in LAWS] == [min(first.rows, most) for most in (16, 8, 1, 8)]
+    assert [first._most_rows(law.for_model(abilities(model)).law) for law in LAWS] == [
+        min(first.rows, most) for most in (16, 8, 1, 8)
+    ]
     calls = 0
     states = model.states
 
@@ -104,4 +107,4 @@ def test_where_a_place_changes_draws_they_are_drawn_one_by_one(monkeypatch: pyte
 
     monkeypatch.setattr(model, "draw_latents", uneven)
     found = Tiles(model)
-    assert [found._rows_drawn(law.law) for law in LAWS] == [1, 1, 1, 1]
+    assert [found._rows_drawn(law.for_model(abilities(model)).law) for law in LAWS] == [1, 1, 1, 1]

@@ -15,6 +15,7 @@ from nextvec.evaluate.windows import Document
 from nextvec.hardware import synchronize
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
+from nextvec.sampling.draw import abilities
 from nextvec.sampling.generate import generate
 from nextvec.sampling.settings import Sampling
 from nextvec.sweep.estimate import busy
@@ -24,16 +25,19 @@ REPEATS = 5  # after one for warm-up
 TOKENS, PROMPT = 128, 32  # of a text, and before it
 TEXTS = 4  # of a repeat at most, where texts end early
 ONE = "T = 1"
-CENTRED, POOLED = (
+TOKENWISE, CENTRED, POOLED = (
+    "T = 0.5, token by token",
     "centre of 8",
     "T = 0.5, 200 candidates",
-)  # the fast sampler that docs/sampling.md recommends; the published one
+)  # the fast samplers that docs/sampling.md recommends, with and without laws of tokens; the published one
 
 
 def samplers(model: Calm | TokenLM) -> dict[str, Sampling]:
-    """Ways to draw whose speed is measured. Where tokens are drawn, a lower temperature costs what T = 1 costs."""
+    """Ways to draw whose speed is measured. A head of tokens and a token model are as fast at a lower temperature as at 1."""
     found = {ONE: Sampling(1.0, max_tokens=TOKENS)}
     if isinstance(model, Calm) and model.has_latents:
+        if model.by_token:
+            found[TOKENWISE] = Sampling(0.5, method="token", max_tokens=TOKENS)
         found[CENTRED] = Sampling(candidates=8, method="centre", max_tokens=TOKENS)
         found[POOLED] = Sampling(0.5, candidates=200, max_tokens=TOKENS)
     return found
@@ -43,9 +47,9 @@ def operations(model: Calm | TokenLM, sampling: Sampling, context_tokens: int) -
     """Floating-point operations per generated token, counted as `nextvec flops` does, the head split."""
     settings: dict[str, Any] = {"context": context_tokens // model.patch_size}
     if isinstance(model, Calm):
-        single = sampling.temperature == 1 and sampling.method == "pool"
-        settings["candidates"] = 1 if single or not model.has_latents else sampling.candidates
-        settings["decoded"] = 1 if sampling.method == "centre" else None
+        law = sampling.for_model(abilities(model)).law
+        settings["candidates"] = 1 if law.single else law.candidates
+        settings["decoded"] = 1 if law.method == "centre" else None
     return cost(model.config, **settings).inference_split.total
 
 

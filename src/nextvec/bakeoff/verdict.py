@@ -14,14 +14,19 @@ import torch
 
 from nextvec.bakeoff.curve import REACH, BreakEven
 from nextvec.bakeoff.settings import ARMS
-from nextvec.bakeoff.speed import CENTRED, ONE, POOLED
+from nextvec.bakeoff.speed import CENTRED, ONE, POOLED, TOKENWISE
 from nextvec.evaluate.collision import BATCH, CENTRE, FIGURES, TOKENS
 from nextvec.report.words import duration, minus, plus_minus
 from nextvec.scoring.clusters import cluster_ratio
 from nextvec.sweep.tables import Figure, TableRow, decisive, mean
 
 Standing = Literal["ahead", "tie", "behind", "open"]
-WAYS: dict[str, tuple[str, float]] = {ONE: (BATCH, 1.0), CENTRED: (CENTRE, 8), POOLED: (BATCH, 0.5)}
+WAYS: dict[str, tuple[str, float]] = {
+    ONE: (BATCH, 1.0),
+    TOKENWISE: (TOKENS, 0.5),
+    CENTRED: (CENTRE, 8),
+    POOLED: (BATCH, 0.5),
+}
 MILLION = 1e6
 UNITS = {"token": "first token", "pair": "first two tokens"}
 Points = Sequence[Mapping[str, Any]]

@@ -21,6 +21,7 @@ from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import Run, load_run
+from nextvec.sampling.draw import abilities
 from nextvec.sampling.engine import Engine, Pool
 from nextvec.sampling.generate import generate
 from nextvec.sampling.settings import Sampling, row_generator
@@ -38,9 +39,9 @@ class Generation:
 
     def __init__(self, run: Run, prompt: str, sampling: Sampling) -> None:
         self.mark: Callable[[str], None] = lambda part: None
-        self._sampling = sampling
         assert isinstance(run.model, Calm | TokenLM)
         self.model = run.model
+        self._sampling = sampling.for_model(abilities(run.model))
         self._tokenizer = run.text_tokenizer
         ids = self._tokenizer.encode(prompt)
         self._prompt = ids[: len(ids) // run.model.patch_size * run.model.patch_size]
@@ -61,7 +62,7 @@ class Generation:
     def _text(self, seed: int, tokens: int) -> int:
         """Tokens drawn."""
         self.mark(OTHER)
-        settings = Sampling(self._sampling.temperature, self._sampling.candidates, tokens, seed)
+        settings = replace(self._sampling, max_tokens=tokens, seed=seed)
         tokenizer = self._tokenizer
         steps = generate(self.model, [self._prompt], settings, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         return sum(len(step.tokens[0]) for step in steps)
@@ -83,7 +84,7 @@ class Generation:
         if not found:
             return None
         return {
-            "candidates": self._sampling.candidates,
+            "candidates": self._sampling.law.candidates,
             "unique": sum(pool.unique / pool.draws for pool in found) / len(found),
             "unanimous": sum(pool.unanimous for pool in found) / len(found),
         }
@@ -99,7 +100,7 @@ class PlainGeneration(Generation):
 
     def _text(self, seed: int, tokens: int) -> int:
         self.mark(OTHER)
-        chosen, tokenizer = self._sampling, self._tokenizer
+        chosen, tokenizer = self._sampling.law, self._tokenizer
         ids = plain_text(
             self.plain, self._prompt, chosen.temperature, chosen.candidates, tokens,
             row_generator(seed, 0, self.model.device), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,

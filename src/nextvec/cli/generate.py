@@ -37,15 +37,18 @@ def generate(
     ] = None,
     temperature: Annotated[float, typer.Option(help="In (0, 1]; 1 is the model's own law.")] = 0.5,
     candidates: Annotated[
-        int | None, typer.Option(help="Draws in the pool of each patch (CALM below 1): 200; latents of a centre: 8.")
+        int | None, typer.Option(help="Draws in the pool of each patch (below T = 1): 200; latents of a centre: 8.")
     ] = None,
     method: Annotated[
         str,
-        typer.Option(help="pool, or the approximation centre: decode the mean of --candidates latents."),
-    ] = "pool",
-    top_k: Annotated[int | None, typer.Option(help="Token baseline: only the k most likely tokens.")] = None,
+        typer.Option(
+            help="token: sharpen the law of each token (mixture and autoregressive heads); pool: choose among --candidates "
+            "draws; centre: decode the mean of so many latents; auto: token where it can be and no --candidates are given."
+        ),
+    ] = "auto",
+    top_k: Annotated[int | None, typer.Option(help="Method token: only the k most likely tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Token baseline: only the most likely tokens of this probability together.")
+        float | None, typer.Option(help="Method token: only the most likely tokens of this probability together.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to draw at most.")] = 256,
     stop: Annotated[
@@ -66,20 +69,19 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Print a prompt and its continuation, patch by patch as it is drawn; or the texts of many prompts as they end."""
-    from nextvec.config import AutoencoderConfig, CalmConfig, TokenLMConfig
+    from nextvec.config import AutoencoderConfig
     from nextvec.errors import ConfigError
     from nextvec.hardware import DTYPES, choose_device, slow_precision
     from nextvec.model.calm import Calm
     from nextvec.model.token_lm import TokenLM
     from nextvec.rundir import load_run, read_config
+    from nextvec.sampling.draw import abilities_of
     from nextvec.sampling.generate import stream_pieces
-    from nextvec.sampling.settings import CANDIDATES, Sampling
+    from nextvec.sampling.settings import Sampling
     from nextvec.sampling.stats import Stats
 
     # a bad value is told before a large model loads
     known = cast(Any, method)  # `Sampling` refuses another
-    if candidates is None:
-        candidates = CANDIDATES.get(known, Sampling.candidates)
     settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, known)
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision must be fp32 or bf16; got {precision!r}")
@@ -94,8 +96,7 @@ def generate(
         raise ConfigError(
             f"{run} is an autoencoder, which has no next patch to draw: give the run of a calm or token_lm"
         )
-    latents = isinstance(kind, CalmConfig) and kind.head.kind != "autoregressive"
-    settings.check_model(isinstance(kind, TokenLMConfig), latents)
+    settings = settings.for_model(abilities_of(kind))
     place = choose_device(device)
     if (slow := slow_precision(precision, place)) is not None:
         print(slow, file=sys.stderr)

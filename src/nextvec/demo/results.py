@@ -20,6 +20,7 @@ from nextvec.files import write_json
 from nextvec.hardware import environment
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
+from nextvec.sampling.draw import abilities
 from nextvec.sampling.generate import generate
 from nextvec.sampling.settings import Sampling
 from nextvec.sampling.stream import patch_texts
@@ -82,7 +83,7 @@ def _continue(model: Calm | TokenLM, prompt: str, sampling: Sampling) -> list[in
 
 
 def _sample(model: Calm | TokenLM, name: str, prompt: str, temperature: float, seed: int) -> dict[str, Any]:
-    ids = _continue(model, prompt, Sampling(temperature, settings.CANDIDATES, SAMPLE_TOKENS, seed))
+    ids = _continue(model, prompt, Sampling(temperature, _candidates(model), SAMPLE_TOKENS, seed))
     assert model.tokenizer is not None
     start = len(model.tokenizer.encode(prompt)) % model.patch_size
     first = (model.patch_size - start) % model.patch_size  # the prompt's last, partial patch is completed first
@@ -91,13 +92,18 @@ def _sample(model: Calm | TokenLM, name: str, prompt: str, temperature: float, s
     return {"model": name, "prompt": prompt, "temperature": temperature, "patches": patches}
 
 
+def _candidates(model: Calm | TokenLM) -> int | None:
+    """Of a pool, where a lower temperature needs one."""
+    return None if abilities(model).by_token else settings.CANDIDATES
+
+
 def _speed(model: Calm | TokenLM, temperature: float, seed: int) -> float:
     """Tokens per second of one text, batch 1, key/value cache; the best of seeds until enough tokens are seen."""
-    candidates = 1 if temperature == 1.0 else settings.CANDIDATES
     tokens, seconds = 0, 0.0
     for turn in range(8):
         began = time.perf_counter()
-        made = len(_continue(model, PROMPTS[0], Sampling(temperature, candidates, SPEED_TOKENS, seed + turn)))
+        asked = Sampling(temperature, _candidates(model), SPEED_TOKENS, seed + turn)
+        made = len(_continue(model, PROMPTS[0], asked))
         if turn:  # the first is a warm-up
             tokens, seconds = tokens + made, seconds + time.perf_counter() - began
         if tokens >= 2 * SPEED_TOKENS:

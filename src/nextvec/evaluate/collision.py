@@ -6,8 +6,8 @@ first at equal collision. Contexts are whole patches from the start of a documen
 
 * A model that draws latents: the batch sampler, from POOLS pools of draws per context (the law of its choice from a pool is
   known, so that only the pools are random), and the mean of n latents, decoded.
-* Any other: texts that it writes, each token at the temperature; of a token Transformer the first token by exact
-  probabilities.
+* A model that knows the law of each token: each token at the temperature, given those before it; of a token Transformer the
+  first token by exact probabilities.
 
 Legend: P contexts, N draws, K tokens per patch, D width, L latent, V vocabulary, C documents.
 """
@@ -24,12 +24,11 @@ from torch import Tensor
 from nextvec.errors import DataError
 from nextvec.evaluate.windows import Document
 from nextvec.model.calm import Calm
-from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.token_lm import TokenLM
 from nextvec.sampling.approximate import centre
 from nextvec.sampling.generate import generate
 from nextvec.sampling.settings import Sampling, row_generator
-from nextvec.sampling.temperature import pool_probabilities
+from nextvec.sampling.temperature import pool_probabilities, sharpener
 from nextvec.scoring.clusters import ClusterRatio, cluster_ratio
 
 POOLS, CANDIDATES = 4, 200
@@ -37,7 +36,7 @@ TEMPERATURES = (1.0, 0.75, 0.6, 0.5, 0.4, 1 / 3, 0.25)
 SIZES = (2, 4, 8, 16, 50, 200)  # latents whose mean is decoded
 DRAWS, PAIR = 32, 2
 FEWEST = 8  # whole patches before a place
-BATCH, CENTRE, TOKENS = "batch sampler", "centre", "temperature"  # ways of drawing; the last where tokens are drawn
+BATCH, CENTRE, TOKENS = "batch sampler", "centre", "temperature"  # ways of drawing; the last token by token
 FIGURES = ("token_accuracy", "token_collision", "pair_accuracy", "pair_collision")
 
 Patch = tuple[int, ...]
@@ -195,16 +194,15 @@ def _law(pool_NK: Tensor, temperature: float) -> dict[Patch, float]:
 
 
 @torch.inference_mode()
-def measure_heads_of_tokens(
+def measure_by_token(
     model: Calm, places: Sequence[Context], tally: Tally, *, eos_id: int, pad_id: int, seed: int
 ) -> None:
     """Patches whose tokens are drawn one by one, each at the temperature."""
-    head = model.head
-    assert isinstance(head, AutoregressiveHead), "no other head draws tokens"
     for index, context in enumerate(places):
         generator, state_D = row_generator(seed, index, model.device), state_of(model, context, eos_id, pad_id)
+        state_ND = state_D.expand(4 * DRAWS, -1)
         for temperature in TEMPERATURES:
-            found = patches(head.draw(state_D, DRAWS, generator, temperature))
+            found = patches(model.draw_by_token(state_ND, generator, sharpener(temperature))[0])
             tally.add(TOKENS, temperature, context.document, draw_figures(found, context.target))
 
 
@@ -241,6 +239,8 @@ def collision_curve(model: Calm | TokenLM, places: Sequence[Context], *, eos_id:
     if isinstance(model, TokenLM):
         measure_tokens(model, places, tally, eos_id=eos_id, pad_id=pad_id, seed=seed)
     else:
-        measure = measure_latents if model.has_latents else measure_heads_of_tokens
-        measure(model, places, tally, eos_id=eos_id, pad_id=pad_id, seed=seed)
+        if model.has_latents:
+            measure_latents(model, places, tally, eos_id=eos_id, pad_id=pad_id, seed=seed)
+        if model.by_token:
+            measure_by_token(model, places, tally, eos_id=eos_id, pad_id=pad_id, seed=seed)
     return tally.points()

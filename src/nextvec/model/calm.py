@@ -22,11 +22,11 @@ from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
 from nextvec.model.heads.codes import CodeBook
-from nextvec.model.heads.interface import Generators, Head, Metrics
+from nextvec.model.heads.interface import ByToken, Generators, Head, Metrics, Sharpen
 from nextvec.model.heads.mixture import MixtureHead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from nextvec.text.tokenizer import Tokenizer
 
@@ -161,6 +161,30 @@ class Calm(nn.Module):
         if not self.has_latents:
             return self.head.draw(state_ND, draws, generator)
         return self.autoencoder.decode_tokens(self.draw_latents(state_ND, draws, generator))
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the head knows the law of each token of a patch given those before it, as `draw_by_token` needs."""
+        return isinstance(self.head, ByToken)
+
+    def draw_by_token(
+        self,
+        state_ND: Tensor,
+        generator: Generators | None = None,
+        sharpen: Sharpen | None = None,
+        given: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """A patch (..., K) int64 for each state (..., D), each token by what `sharpen` makes of its law; and its latent, if any.
+
+        given: fewer than K ids that the patches begin with.
+        """
+        assert isinstance(self.head, ByToken), "this head has no law of single tokens"
+        drawn = self.head.draw_sharpened(state_ND, 1, generator, sharpen, given)[0]
+        if not self.has_latents:
+            return drawn, None
+        patch = self.autoencoder.decode_tokens(drawn)
+        patch[..., : len(given)] = torch.tensor(given, dtype=patch.dtype, device=patch.device)
+        return patch, drawn
 
     @torch.no_grad()
     def teacher(self, ids_NK: Tensor) -> Posterior:

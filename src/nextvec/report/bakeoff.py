@@ -28,9 +28,10 @@ COUNTED = (
 )
 WRITTEN = (
     "One text at a time. Accuracy is the chance to draw the true text after a held-out context, collision the chance to draw "
-    "the same twice. The token Transformers generate at one speed at every temperature. Operations are counted as "
-    "`nextvec flops` does."
+    "the same twice. The token Transformers generate at one speed at every temperature, and so does a CALM whose head draws "
+    "token by token. Operations are counted as `nextvec flops` does."
 )
+METHODS = {BATCH: "batch sampler", CENTRE: "centre of n", TOKENS: "token by token"}
 TREND = (
     "Held-out figures on the way, over seconds of training with the autoencoder's, at rates that have not decayed yet; the last "
     "point is the finished model. The break-even extrapolates straight lines over the logarithm of the seconds."
@@ -199,15 +200,13 @@ def _collisions(outcome: Outcome) -> str:
     for unit, what in UNITS.items():
         series = []
         for arm, figures in outcome.figures.items():
-            for method in (BATCH, CENTRE, TOKENS):
-                line = [point for point in figures[0]["collision"] if point["method"] == method] if figures else []
-                if not line:
-                    continue
+            of_arm = figures[0]["collision"] if figures else []
+            found = [method for method in METHODS if any(point["method"] == method for point in of_arm)]
+            for method in found:
+                line = [point for point in of_arm if point["method"] == method]
                 line.sort(key=lambda point: float(point[f"{unit}_collision"]))
-                look = LOOKS[arm] if method != CENTRE else ROWS[len(LOOKS)]
-                items[look] = (
-                    arm if method == TOKENS else f"{arm}, {'batch sampler' if method == BATCH else 'centre of n'}"
-                )
+                look = LOOKS[arm] if method == found[0] else ROWS[len(LOOKS) + list(METHODS).index(method)]
+                items[look] = arm if len(found) == 1 else f"{arm}, {METHODS[method]}"
                 xs, ys = ([100 * point[f"{unit}_{key}"] for point in line] for key in ("collision", "accuracy"))
                 errors = [100 * (point[f"{unit}_accuracy_stderr"] or 0.0) for point in line]
                 series.append(Series(items[look], xs, ys, look, errors, "joined"))

@@ -11,11 +11,21 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from nextvec.config import CalmConfig, TokenLMConfig
+from nextvec.model.heads import head_class
+from nextvec.model.heads.interface import ByToken, Sharpen
 from nextvec.model.interface import LanguageModel
 from nextvec.sampling.approximate import centre
 from nextvec.sampling.pools import PlaceDecoder, choose_patch, decode_beginning
-from nextvec.sampling.settings import Law
-from nextvec.sampling.temperature import Generators, batch_temperature, condition, count_equal, sample_logits
+from nextvec.sampling.settings import Abilities, Law
+from nextvec.sampling.temperature import (
+    Generators,
+    batch_temperature,
+    condition,
+    count_equal,
+    sample_logits,
+    sharpener,
+)
 
 
 @runtime_checkable
@@ -34,6 +44,17 @@ class HasLatents(Protocol):
     has_latents: bool  # false where the head draws tokens itself
 
     def draw_latents(self, state_ND: Tensor, draws: int, generator: Generators) -> Tensor: ...
+
+
+@runtime_checkable
+class HasTokenLaws(Protocol):
+    """A model of patches that may know the law of each of their tokens given those before it."""
+
+    by_token: bool
+
+    def draw_by_token(
+        self, state_ND: Tensor, generator: Generators, sharpen: Sharpen | None, given: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 ENOUGH = 8  # draws that begin with the rest of a prompt, at which its pool stops growing
@@ -57,7 +78,9 @@ def draw_patches(model: LanguageModel, state_BD: Tensor, law: Law, generators: S
     if isinstance(model, HasLogits):
         logits_BV = model.logits(state_BD)
         return Drawn(sample_logits(logits_BV, law.temperature, generators, law.top_k, law.top_p)[:, None], 1, None)
-    single = law.temperature == 1 and law.method == "pool"
+    if law.method == "token":
+        return _draw_by_token(model, state_BD, law, generators)
+    single = law.single
     draws = 1 if single else law.candidates
     if isinstance(model, HasLatents) and model.has_latents:
         latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
@@ -72,14 +95,30 @@ def draw_patches(model: LanguageModel, state_BD: Tensor, law: Law, generators: S
     return Drawn(patch_BK, draws, count_equal(token_BNK), tokens=token_BNK)
 
 
+def _draw_by_token(
+    model: LanguageModel, state_BD: Tensor, law: Law, generators: Sequence[torch.Generator], given: Sequence[int] = ()
+) -> Drawn:
+    assert isinstance(model, HasTokenLaws), "settings were checked for the model"
+    sharpen = sharpener(law.temperature, law.top_k, law.top_p)
+    patch_BK, latent_BL = model.draw_by_token(state_BD, generators, sharpen, given)
+    if latent_BL is None:
+        return Drawn(patch_BK, 1, None, tokens=patch_BK[:, None])
+    return Drawn(patch_BK, 1, None, latent_BL[:, None])
+
+
 def complete_patch(
     model: LanguageModel, state_D: Tensor, law: Law, generator: torch.Generator, rest: Sequence[int]
 ) -> Drawn | None:
     """The next patch (1, K) of one row, which begins with the rest of its prompt, 1 .. K - 1 tokens; None where no draw does.
 
     Of a pool the draws that begin with them are kept (`temperature.condition`): exact draws of the conditional law. The pool
-    grows by N draws until ENOUGH agree, at most MOST_POOLS times.
+    grows by N draws until ENOUGH agree, at most MOST_POOLS times. Where the law of each token is known, one draw is enough. A
+    mean of latents has no draws to keep.
     """
+    if law.method == "centre":
+        return None
+    if law.method == "token":
+        return _draw_by_token(model, state_D[None], law, [generator], rest)
     pool = grow_pool(model, state_D, law.candidates, generator, rest)
     if not pool.agreeing:
         return None
@@ -105,6 +144,21 @@ class Grown(NamedTuple):
 def has_latents(model: LanguageModel) -> bool:
     """Whether the model draws latents, which a decoder turns into patches."""
     return isinstance(model, HasLatents) and model.has_latents
+
+
+def abilities(model: LanguageModel) -> Abilities:
+    """What the model can be drawn by."""
+    tokens = isinstance(model, HasLogits)
+    by_token = tokens or (isinstance(model, HasTokenLaws) and model.by_token)
+    return Abilities(tokens, has_latents(model), by_token)
+
+
+def abilities_of(config: CalmConfig | TokenLMConfig) -> Abilities:
+    """The same, before a model is loaded."""
+    if isinstance(config, TokenLMConfig):
+        return Abilities(tokens=True, latents=False, by_token=True)
+    head = head_class(config)
+    return Abilities(tokens=False, latents=head.latents, by_token=issubclass(head, ByToken))
 
 
 def grow_pool(

@@ -23,7 +23,7 @@ from torch import Tensor
 from nextvec.errors import UserError
 from nextvec.model.interface import LanguageModel
 from nextvec.model.packed import pack_linears
-from nextvec.sampling.draw import Drawn, HasLogits, complete_patch, draw_patches, has_latents
+from nextvec.sampling.draw import Drawn, abilities, complete_patch, draw_patches
 from nextvec.sampling.settings import Finish, Law, Sampling, row_generator
 from nextvec.sampling.tiles import Tiles
 
@@ -120,7 +120,7 @@ class Engine:
         Samples that are admitted together share one reading of the prompt. Raises UserError for a prompt outside the vocabulary
         or, without `slide`, a text that may outgrow the context.
         """
-        settings.check_model(isinstance(self._model, HasLogits), has_latents(self._model))
+        settings = settings.for_model(abilities(self._model))
         if samples < 1:
             raise UserError(f"samples must be at least 1; got {samples}")
         for token in prompt:
@@ -180,13 +180,8 @@ class Engine:
         return draw_patches(self._model, state_BD, law, generators)
 
     def _complete(self, row: _Row, slot: int, state_1D: Tensor) -> Drawn:
-        """The patch that begins with the rest of a prompt; where none does, the one after the prompt padded on its left.
-
-        A mean of latents has no draws to keep: there the prompt is padded at once.
-        """
-        drawn = None
-        if row.settings.method == "pool":
-            drawn = complete_patch(self._model, state_1D[0], row.settings.law, row.generator, row.given)
+        """The patch that begins with the rest of a prompt; where none does, the one after the prompt padded on its left."""
+        drawn = complete_patch(self._model, state_1D[0], row.settings.law, row.generator, row.given)
         if drawn is None:
             pads = [self._pad] * (self._model.patch_size - len(row.given))
             row.patches, row.given = self._lay_out(pads + list(row.prompt))

@@ -12,7 +12,7 @@ from typing import Protocol
 from nextvec.errors import DataError, UserError
 from nextvec.model.interface import LanguageModel
 from nextvec.sampling.engine import Engine, Event, Pool, inputs_needed
-from nextvec.sampling.settings import Finish, Sampling
+from nextvec.sampling.settings import Finish, Method, Sampling
 from nextvec.sampling.stream import StopStream
 from nextvec.text.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ def generate(
     documents. `context`: tokens that it was trained to read; a longer prompt is refused unless `slide`, with which only as many
     are read (`engine.Engine`). Closing the iterator frees all memory.
     Raises UserError, at the call, for fewer candidates than the temperature needs, for ids outside the vocabulary, for top_k or
-    top_p where there are no likelihoods, and for a prompt beyond the context.
+    top_p where tokens are not drawn one by one, and for a prompt beyond the context.
     """
     engine = _engine(model, prompts, settings, eos_id, pad_id, packed, samples, context, slide, deterministic, slots)
     return _steps(engine, len(prompts) * samples)
@@ -119,11 +119,12 @@ def stream_text(
     prompt: str,
     *,
     temperature: float = Sampling.temperature,
-    candidates: int = Sampling.candidates,
+    candidates: int | None = Sampling.candidates,
     max_tokens: int = Sampling.max_tokens,
     seed: int = Sampling.seed,
     top_k: int | None = None,
     top_p: float | None = None,
+    method: Method = Sampling.method,
     stop: Sequence[str] = (),
     slide: bool = False,
     deterministic: bool = False,
@@ -133,7 +134,7 @@ def stream_text(
     A piece is empty while the bytes of a character are incomplete. Arguments as `Sampling` and `stream_pieces`. Raises
     UserError, at the call.
     """
-    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p)
+    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, method)
     pieces = stream_pieces(model, [prompt], settings, stop=stop, slide=slide, deterministic=deterministic)
     return (piece.text for piece in pieces)
 

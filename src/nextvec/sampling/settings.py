@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -13,9 +13,20 @@ from nextvec.sampling.temperature import check_pool, check_temperature
 
 Finish = Literal["eos", "length", "stop"]  # the model ended the text, max_tokens was reached, a stop string appeared
 
-Method = Literal["pool", "centre"]  # the batch sampler; decode the mean of the candidates' latents (approximate.py)
+# the batch sampler; decode the mean of the candidates' latents (approximate.py); sharpen the law of each token; "auto" is
+# "token" for a model that has these laws, unless candidates are asked for, and "pool" for others
+Method = Literal["auto", "pool", "centre", "token"]
 MOST = {"candidates": 100_000, "max_tokens": 1_000_000}  # all of a pool, and all keys and values, are in memory at once
 CANDIDATES: dict[Method, int] = {"pool": 200, "centre": 8}  # where none are given [P; docs/sampling.md]
+
+
+class Abilities(NamedTuple):
+    """What a model can be drawn by. tokens: it is a token model, whose patch is one token; latents: its head draws latents;
+    by_token: the law of each token given those before it is known."""
+
+    tokens: bool
+    latents: bool
+    by_token: bool
 
 
 class Law(NamedTuple):
@@ -25,12 +36,12 @@ class Law(NamedTuple):
     candidates: int
     top_k: int | None
     top_p: float | None
-    method: Method = "pool"
+    method: Method = "pool"  # not "auto"
 
     @property
     def single(self) -> bool:
-        """A patch is the model's first draw: there is no pool."""
-        return self.temperature == 1 and self.method == "pool"
+        """A patch is one draw of the model: there is no pool."""
+        return self.method == "token" or (self.temperature == 1 and self.method == "pool")
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,12 @@ class Sampling:
     """How patches are drawn. Raises UserError for values out of range."""
 
     temperature: float = 0.5  # in (0, 1]; 1 is the model's own law [P: fluent text needs at most 0.5]
-    candidates: int = CANDIDATES["pool"]  # N, draws in a pool; unused where the model has likelihoods
+    candidates: int | None = None  # N, draws in a pool, or latents of a centre; None: CANDIDATES of the method
     max_tokens: int = 256  # new tokens per row at most
     seed: int = 0  # row i draws from a generator seeded by (seed, i)
-    top_k: int | None = None  # keep the k most likely tokens; models with likelihoods alone
+    top_k: int | None = None  # keep the k most likely tokens; method token alone
     top_p: float | None = None  # keep the fewest most likely tokens that have this probability; likewise
-    method: Method = "pool"  # "centre" is an approximation: `candidates` are the temperature, which is not used
+    method: Method = "auto"  # "centre" is an approximation: `candidates` are the temperature, which is not used
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -52,8 +63,7 @@ class Sampling:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1; got {value}")
         for name, most in MOST.items():
-            if getattr(self, name) > most:
-                given = getattr(self, name)
+            if (given := getattr(self, name)) is not None and given > most:
                 raise UserError(f"{name} must be at most {most:,}; got {given:,}: memory holds all at once, take fewer")
         if self.method not in get_args(Method):
             raise UserError(f"method must be one of {', '.join(get_args(Method))}; got {self.method!r}")
@@ -62,25 +72,38 @@ class Sampling:
 
     @property
     def law(self) -> Law:
+        """Of settings `for_model`."""
+        assert self.method != "auto", "settings are made fit for a model first"
+        assert self.candidates is not None
         return Law(self.temperature, self.candidates, self.top_k, self.top_p, self.method)
 
-    def check_model(self, has_likelihoods: bool, has_latents: bool) -> None:
-        """Raise UserError where a model of this kind cannot be drawn from so."""
-        if self.method == "centre" and not has_latents:
+    def for_model(self, model: Abilities) -> Sampling:
+        """These settings with method and candidates filled in. Raises UserError where such a model cannot be drawn from so."""
+        method = self.method
+        if method == "auto":
+            method = "token" if model.by_token and (model.tokens or self.candidates is None) else "pool"
+        if method == "centre" and not model.latents:
             raise UserError(
                 "method centre averages latents, which this model does not draw: leave it out, or take a CALM whose head "
                 "draws latents"
             )
-        if has_likelihoods:
-            return
+        if method == "token" and not model.by_token:
+            raise UserError(
+                "method token sharpens the law of each token, which this model's head does not have: take method pool, or a "
+                "mixture or autoregressive head"
+            )
+        if model.tokens and method == "pool":
+            method = "token"  # a pool of single tokens would only be a worse estimate of what is known
         for name in ("top_k", "top_p"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and method != "token":
                 raise UserError(
-                    f"{name} cuts the probabilities of the next token, which a CALM does not have: leave it out and take a "
-                    "lower temperature, or use the token baseline"
+                    f"{name} cuts the law of the next token, which method {method} does not look at: leave it out and take a "
+                    "lower temperature, or use a mixture or autoregressive head, or the token baseline"
                 )
-        if self.method == "pool":
-            check_pool(self.temperature, self.candidates)
+        candidates = CANDIDATES.get(method, 1) if self.candidates is None else self.candidates
+        if method == "pool":
+            check_pool(self.temperature, candidates)
+        return replace(self, method=method, candidates=candidates)
 
 
 def row_generator(seed: int, row: int, device: torch.device) -> torch.Generator:

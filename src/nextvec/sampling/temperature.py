@@ -21,7 +21,7 @@ Legend: B rows, N candidates of a row's pool, K tokens per patch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -141,23 +141,39 @@ def condition(candidates_BNK: Tensor, prefix_BK: Tensor, length_B: Tensor) -> tu
 def sample_logits(
     logits_BV: Tensor, temperature: float, generator: Generators, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """One token per row, (B,) int64, from softmax(logits / T): the baseline's temperature, where likelihoods exist.
+    """One token per row, (B,) int64, from softmax(logits) as `sharpener` makes it: where likelihoods exist."""
+    logits_BV = logits_BV.to(_wide(logits_BV.device))
+    sharpen = sharpener(temperature, top_k, top_p)
+    probability_BV = (logits_BV if sharpen is None else sharpen(logits_BV)).softmax(dim=-1)
+    return pick(probability_BV, uniforms(generator, probability_BV))
+
+
+def sharpener(
+    temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """Logits (R, V) of a law of tokens to those of the sharpened law, softmax(logits / T); None where nothing changes.
 
     Then, in this order: only the `top_k` most likely tokens, only the fewest most likely of those left that together have
     probability `top_p` at least (always one). Of equal logits the lower id is the more likely.
     """
     check_temperature(temperature)
-    probability_BV = (logits_BV.to(_wide(logits_BV.device)) / temperature).softmax(dim=-1)
-    if top_k is None and top_p is None:
-        return pick(probability_BV, uniforms(generator, probability_BV))
-    sorted_BV, token_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        sorted_BV, token_BV = sorted_BV[:, :top_k], token_BV[:, :top_k]
-    if top_p is not None:
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        whole_B1 = sorted_BV.sum(-1, keepdim=True)
-        sorted_BV = torch.where(before_BV < top_p * whole_B1, sorted_BV, 0.0)
-    return token_BV.gather(1, pick(sorted_BV, uniforms(generator, sorted_BV))[:, None])[:, 0]
+    if temperature == 1 and top_k is None and top_p is None:
+        return None
+
+    def sharpen(logits_RV: Tensor) -> Tensor:
+        scaled_RV = logits_RV / temperature
+        if top_k is None and top_p is None:
+            return scaled_RV
+        sorted_RV, token_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
+        if top_k is not None:
+            sorted_RV[:, top_k:] = -math.inf
+        if top_p is not None:
+            probability_RV = sorted_RV.softmax(dim=-1)
+            before_RV = probability_RV.cumsum(-1) - probability_RV
+            sorted_RV = sorted_RV.masked_fill(before_RV >= top_p, -math.inf)
+        return torch.empty_like(scaled_RV).scatter_(-1, token_RV, sorted_RV)
+
+    return sharpen
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -187,4 +203,6 @@ def uniforms(generator: Generators, like_BN: Tensor) -> Tensor:
 def pick(probability_BN: Tensor, uniform_B1: Tensor) -> Tensor:
     """Index (B,) drawn from each row's probabilities by inverting their cumulative sum."""
     cumulative_BN = probability_BN.cumsum(dim=1)
-    return torch.searchsorted(cumulative_BN, uniform_B1 * cumulative_BN[:, -1:], right=True).squeeze(1)
+    whole_B1 = cumulative_BN[:, -1:]  # a number that rounds up to it would be behind the last that has any probability
+    at_B1 = torch.minimum(uniform_B1 * whole_B1, torch.nextafter(whole_B1, torch.zeros_like(whole_B1)))
+    return torch.searchsorted(cumulative_BN, at_B1, right=True).squeeze(1)

@@ -77,7 +77,7 @@ class Tiles:
         spare = [torch.Generator(state_BD.device).manual_seed(0) for _ in range(size - rows)]
         generators = [*generators, *spare]
         state_RD = torch.cat((state_BD, state_BD[:1].expand(size - rows, -1)))
-        if size == 1 or law.single or law.method != "pool" or isinstance(self._model, HasLogits):
+        if size == 1 or law.single or law.method != "pool":
             drawn = draw_patches(self._model, state_RD, law, generators)
         else:  # how much of a pool need be decoded depends on all its rows: here it is everything
             model = cast(HasLatents, self._model)

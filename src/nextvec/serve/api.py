@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 import nextvec
 from nextvec.errors import UserError
+from nextvec.sampling.draw import abilities
 from nextvec.serve import schema
 from nextvec.serve.asked import asked_job, chat_ids, find, prompt_ids
 from nextvec.serve.door import Door
@@ -101,6 +102,7 @@ def _add_state(app: FastAPI, models: Mapping[str, Served], metrics: Metrics) -> 
             patch_size=served.model.patch_size,
             context_tokens=served.context,
             latent=served.latent,
+            by_token=abilities(served.model).by_token,
             chat=served.template is not None,
         )
         return schema.ModelCard(id=served.id, created=served.created, nextvec=traits)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from nextvec.sampling.draw import HasLogits, has_latents
-from nextvec.sampling.settings import CANDIDATES, Sampling
+from nextvec.sampling.draw import abilities
+from nextvec.sampling.settings import Sampling
 from nextvec.serve.errors import ApiError
 from nextvec.serve.models import Served
 from nextvec.serve.schema import Drawing, Message
@@ -81,22 +82,24 @@ def asked_job(
 ) -> Job:
     """The job of a request. Raises ApiError or UserError for settings that the model cannot draw by."""
     top_p = None if asked.top_p == 1 else asked.top_p
-    method = asked.method or Sampling.method
     sampling = Sampling(
         temperature=Sampling.temperature if asked.temperature is None else asked.temperature,
-        candidates=min(CANDIDATES[method], settings.candidates) if asked.candidates is None else asked.candidates,
+        candidates=asked.candidates,
         max_tokens=max_tokens,
         seed=secrets.randbits(53) if asked.seed is None else asked.seed,  # a client's number type holds 53 bits
         top_k=asked.top_k,
         top_p=top_p,
-        method=method,
+        method=asked.method or Sampling.method,
     )
-    if sampling.candidates > settings.candidates:
+    sampling = sampling.for_model(abilities(served.model))
+    drawn = sampling.law.candidates
+    if asked.candidates is None:
+        sampling = replace(sampling, candidates=min(drawn, settings.candidates))
+    elif drawn > settings.candidates:
         raise ApiError(
-            400, f"candidates is at most {settings.candidates} here; got {sampling.candidates}", param="candidates"
+            400, f"candidates is at most {settings.candidates} here; got {asked.candidates}", param="candidates"
         )
-    sampling.check_model(isinstance(served.model, HasLogits), has_latents(served.model))
-    if method == "centre" and asked.temperature is not None:
+    if sampling.method == "centre" and asked.temperature is not None:
         raise ApiError(
             400,
             f"method centre has no temperature, and got {asked.temperature:g}: leave it out, more candidates make likelier text; "

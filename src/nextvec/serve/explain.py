@@ -59,7 +59,7 @@ def explain_patch(model: LanguageModel, pool: Pool, rest: Sequence[int], setting
     if tokens_NK is None:
         return None
     centred = settings.method == "centre"
-    vote = hold_vote(tokens_NK, rest, 1.0 if centred else settings.temperature)
+    vote = hold_vote(tokens_NK, rest, 1.0 if centred or len(tokens_NK) == 1 else settings.temperature)
     size, winner = len(rest), pool.patch[len(rest) :]
     ordered = list(vote.candidates)
     if centred:

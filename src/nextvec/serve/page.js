@@ -57,20 +57,40 @@ async function loadModels() {
 const chosenModels = () => [...new Set([$("model").value, $("beside").value].filter(Boolean))]
   .map((name) => models.find((each) => each.id === name));
 const averages = (card) => $("method").value === "centre" && card.nextvec.latent !== null;
+const tokenwise = (card) => $("method").value === "token" && card.nextvec.by_token;
+const pooled = (card) => card.nextvec.kind === "calm" && !averages(card) && !tokenwise(card);
 
-// Only what the chosen models use can be set: a sampler where there are latents, a temperature where there is no mean.
+// Only what the chosen models use can be set: a sampler where there is a choice, a temperature where there is no mean,
+// candidates where there are any.
 function suit() {
   const cards = chosenModels();
-  $("method").disabled = cards.every((card) => card.nextvec.latent === null);
+  const can = {pool: true, centre: cards.some((card) => card.nextvec.latent !== null),
+    token: cards.some((card) => card.nextvec.kind === "calm" && card.nextvec.by_token)};
+  for (const option of $("method").options) option.disabled = !can[option.value];
+  if (!can[$("method").value]) choose("pool");
+  $("method").disabled = !can.centre && !can.token;
   $("temperature").disabled = cards.every(averages);
+  $("candidates").disabled = cards.every((card) => !averages(card) && !pooled(card));
+}
+
+// A pool and a mean each have their own number of candidates.
+let counted = "pool";
+function choose(method) {
+  $("method").value = method;
+  const now = method === "centre" ? "centre" : "pool";
+  candidates[counted] = $("candidates").value;
+  $("candidates").value = candidates[now];
+  counted = now;
 }
 
 function request(card) {
   const told = {model: card.id, prompt: $("prompt").value.replaceAll("\r\n", "\n"), max_tokens: Number($("length").value),
     seed: Number($("seed").value)};
   if (averages(card)) return {...told, method: "centre", candidates: Number($("candidates").value)};
-  const pool = $("method").value === "pool" ? $("candidates").value : candidates.pool;
-  return {...told, temperature: Number($("temperature").value), candidates: Number(pool)};
+  told.temperature = Number($("temperature").value);
+  if (tokenwise(card)) return {...told, method: "token"};
+  const pool = counted === "pool" ? $("candidates").value : candidates.pool;
+  return {...told, candidates: Number(pool)};
 }
 
 // The text of one model: a listbox whose options are patches, so that arrow keys walk through them.
@@ -188,7 +208,9 @@ function explain({card, asked}, patch, index) {
       + `${kinds} different ${kinds === 1 ? "patch" : "patches"}. The more latents, the likelier the text.`;
     $("vote").append(voteTable(vote, mean));
   } else if (vote.draws === 1) {
-    $("detail-words").textContent = "At temperature 1 a patch is the model's first draw: there is no vote.";
+    $("detail-words").textContent = asked.method === "token"
+      ? "Each token was drawn by its own law, sharpened, given those before it: one latent, no vote."
+      : "At temperature 1 a patch is the model's first draw: there is no vote.";
   } else {
     const kinds = vote.candidates.length + vote.others.candidates;
     const kept = vote.kept < vote.draws ? `, ${vote.kept} of them fit the end of the prompt` : "";
@@ -309,9 +331,7 @@ $("form").addEventListener("submit", run);
 $("stop").addEventListener("click", () => stopping && stopping.abort());
 $("temperature").addEventListener("input", () => { $("warmth").textContent = $("temperature").value; });
 $("method").addEventListener("change", () => {
-  const now = $("method").value;
-  candidates[now === "centre" ? "pool" : "centre"] = $("candidates").value;
-  $("candidates").value = candidates[now];
+  choose($("method").value);
   suit();
 });
 for (const id of ["model", "beside"]) $(id).addEventListener("change", suit);

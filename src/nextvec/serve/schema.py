@@ -16,8 +16,9 @@ from nextvec.serve.errors import ApiError
 Ids = list[Annotated[int, Field(ge=0)]]
 MAX_TOKENS = 16  # of a completion that does not say it, as OpenAI's
 METHOD = (
-    "How a CALM draws a patch: pool, a choice by votes from many draws at a temperature; centre, the mean of a few latents, "
-    "decoded once, without a temperature. Default pool"
+    "How a CALM draws a patch: token, each token by its sharpened law (where the head has one); pool, a choice by votes from "
+    "many draws at a temperature; centre, the mean of a few latents, decoded once, without a temperature; auto, the default: "
+    "token where it can be and no candidates are asked for, else pool"
 )
 CANDIDATES = (
     "Draws behind each patch of a CALM: in a pool below temperature 1, default 200; averaged by centre, default 8"
@@ -68,8 +69,8 @@ class Drawing(Asked):
     temperature: float | None = Field(default=None, description="In (0, 1]; 1 is the model's own law. Default 0.5")
     method: Method | None = Field(default=None, description=METHOD)
     candidates: int | None = Field(default=None, ge=1, description=CANDIDATES)
-    top_p: float | None = Field(default=None, description="Token baseline alone: a CALM has no likelihoods of tokens")
-    top_k: int | None = Field(default=None, ge=1, description="Token baseline alone")
+    top_p: float | None = Field(default=None, description="Method token alone: where laws of single tokens are known")
+    top_k: int | None = Field(default=None, ge=1, description="Method token alone")
     max_tokens: int | None = Field(default=None, ge=1, description="New tokens at most")
     n: int | None = Field(default=None, ge=1, description="Texts per prompt")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="The same seed gives the same text")
@@ -142,12 +143,14 @@ class ErrorAnswer(BaseModel):
 
 
 class ModelTraits(BaseModel):
-    """What a client of ours wants to know: kind calm or token_lm; latent: dimensions, None for a token model."""
+    """What a client of ours wants to know. kind: calm or token_lm; latent: dimensions, None for a model that draws tokens;
+    by_token: whether method token can be asked for."""
 
     kind: str
     patch_size: int
     context_tokens: int
     latent: int | None
+    by_token: bool
     chat: bool
 
 

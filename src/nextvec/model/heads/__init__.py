@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from nextvec.config import (
+    AutoregressiveHeadConfig,
     CalmConfig,
     CategoricalHeadConfig,
     DiffusionHeadConfig,
@@ -20,6 +21,20 @@ from nextvec.model.heads.flow import FlowHead
 from nextvec.model.heads.mixture import MixtureHead
 
 AnyHead: TypeAlias = EnergyHead | FlowHead | DiffusionHead | CategoricalHead | MixtureHead | AutoregressiveHead
+
+_CLASSES: dict[type, type[AnyHead]] = {
+    EnergyHeadConfig: EnergyHead,
+    FlowHeadConfig: FlowHead,
+    DiffusionHeadConfig: DiffusionHead,
+    CategoricalHeadConfig: CategoricalHead,
+    MixtureHeadConfig: MixtureHead,
+    AutoregressiveHeadConfig: AutoregressiveHead,
+}
+
+
+def head_class(config: CalmConfig) -> type[AnyHead]:
+    """What `build_head` builds."""
+    return _CLASSES[type(config.head)]
 
 
 def build_head(config: CalmConfig) -> AnyHead:

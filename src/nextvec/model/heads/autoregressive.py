@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nextvec.config import AutoregressiveHeadConfig, CalmConfig
 from nextvec.model.backbone import Backbone
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
-from nextvec.model.heads.interface import Generators, Metrics, wide
+from nextvec.model.heads.interface import Generators, Metrics, Sharpen, wide
 from nextvec.model.layers import embedded
 
 
@@ -58,20 +58,30 @@ class AutoregressiveHead(nn.Module):
         return torch.cat(parts).view(ids_NK.shape)
 
     @torch.no_grad()
-    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None, temperature: float = 1.0) -> Tensor:
-        """S independent patches, (S, ..., K) int64, for states (..., D); see `Head.draw`. The temperature is that of each token.
+    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
+        """S independent patches, (S, ..., K) int64, for states (..., D); see `Head.draw`."""
+        return self.draw_sharpened(state_ND, draws, generator, None)
 
-        The state is read once for all draws, which then go on as branches of it.
-        """
+    @torch.no_grad()
+    def draw_sharpened(
+        self,
+        state_ND: Tensor,
+        draws: int,
+        generator: Generators | None,
+        sharpen: Sharpen | None,
+        given: Sequence[int] = (),
+    ) -> Tensor:
+        """See `ByToken`. The state is read once for all draws, which then go on as branches of it."""
         state_MD = self._start(state_ND).reshape(-1, state_ND.shape[-1])
         hidden_M1D, trunk = self.decoder.trunk(state_MD[:, None])
-        token_MS = self._sample(hidden_M1D, draws, generator, temperature)
-        tokens = [token_MS]
+        tokens = [torch.full((len(state_MD), draws), token, device=state_MD.device) for token in given]
+        if not given:
+            tokens.append(self._sample(hidden_M1D, draws, generator, sharpen))
         at_S = torch.zeros(draws, dtype=torch.int64, device=state_MD.device)
-        for _ in range(self.patch_size - 1):
-            hidden_MSD, trunk = self.decoder.branch(self._embedded(token_MS), trunk, at_S)
-            token_MS = self._sample(hidden_MSD, 1, generator, temperature)
-            tokens.append(token_MS)
+        for place in range(1, self.patch_size):
+            hidden_MSD, trunk = self.decoder.branch(self._embedded(tokens[place - 1]), trunk, at_S)
+            if place >= len(given):
+                tokens.append(self._sample(hidden_MSD, 1, generator, sharpen))
         return torch.stack(tokens, dim=-1).transpose(0, 1).reshape(draws, *state_ND.shape[:-1], self.patch_size)
 
     def compile_regions(self) -> list[nn.Module]:
@@ -92,21 +102,21 @@ class AutoregressiveHead(nn.Module):
         logits = hidden_MD.to(self.embedding.weight.dtype) @ self.embedding.weight.T
         return logits.to(wide(logits.dtype)).log_softmax(-1)
 
-    def _law(self, hidden_MD: Tensor, temperature: float) -> Tensor:
+    def _law(self, hidden_MD: Tensor, sharpen: Sharpen | None) -> Tensor:
         log_MV = self._log_softmax(hidden_MD)
-        return log_MV.exp() if temperature == 1.0 else (log_MV / temperature).softmax(-1)
+        return log_MV.exp() if sharpen is None else sharpen(log_MV).softmax(-1)
 
-    def _sample(self, hidden_MJD: Tensor, draws: int, generator: Generators | None, temperature: float) -> Tensor:
+    def _sample(self, hidden_MJD: Tensor, draws: int, generator: Generators | None, sharpen: Sharpen | None) -> Tensor:
         """`draws` tokens from each of J laws of M states, (M, J * draws)."""
         if isinstance(generator, Sequence):
             assert len(generator) == len(hidden_MJD), "one generator per state"
             each = zip(hidden_MJD, generator, strict=True)
-            rows = [self._sample_rows(one, draws, own, temperature) for one, own in each]
+            rows = [self._sample_rows(one, draws, own, sharpen) for one, own in each]
             return torch.stack([row.flatten() for row in rows])
-        return self._sample_rows(hidden_MJD.flatten(0, 1), draws, generator, temperature).view(len(hidden_MJD), -1)
+        return self._sample_rows(hidden_MJD.flatten(0, 1), draws, generator, sharpen).view(len(hidden_MJD), -1)
 
     def _sample_rows(
-        self, hidden_MD: Tensor, draws: int, generator: torch.Generator | None, temperature: float
+        self, hidden_MD: Tensor, draws: int, generator: torch.Generator | None, sharpen: Sharpen | None
     ) -> Tensor:
         """(M, draws); the vocabulary exists for one chunk of rows at a time."""
         rows = max(1, CHUNK_ELEMENTS // self.embedding.num_embeddings)
@@ -114,6 +124,6 @@ class AutoregressiveHead(nn.Module):
             # two at least: for a single draw torch takes another way, 20 times slower on a CPU
             torch.multinomial(law, max(2, draws), replacement=True, generator=generator)
             for hidden in hidden_MD.split(rows)
-            for law in [self._law(hidden, temperature)]
+            for law in [self._law(hidden, sharpen)]
         ]
         return torch.cat(parts)[:, :draws]

@@ -5,14 +5,15 @@ Legend: S draws, N positions (any leading dimensions), D width, L latent, K toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all states, or one for each
 Metrics = dict[str, Tensor]
+Sharpen = Callable[[Tensor], Tensor]  # logits (R, V) of a law of tokens to those to draw from
 
 
 class Head(Protocol):
@@ -42,6 +43,25 @@ class Head(Protocol):
 
     def compile_regions(self) -> list[nn.Module]:
         """The repeated blocks, for regional compilation."""
+        ...
+
+
+@runtime_checkable
+class ByToken(Protocol):
+    """A head that knows the law of each token of a patch given those before it, and so can sharpen it token by token."""
+
+    def draw_sharpened(
+        self,
+        state_ND: Tensor,
+        draws: int,
+        generator: Generators | None,
+        sharpen: Sharpen | None,
+        given: Sequence[int] = (),
+    ) -> Tensor:
+        """As `Head.draw`, each token by what `sharpen` makes of its law, None for the law itself.
+
+        given: fewer than K ids that every patch begins with; the others are drawn given these.
+        """
         ...
 
 

@@ -6,6 +6,7 @@ V vocabulary, W = max(1, K - 1) tokens that a place reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from nextvec.config import CalmConfig, MixtureHeadConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.codes import CodeBook
-from nextvec.model.heads.interface import Generators, Metrics, noise, wide
+from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
 from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU
 
 
@@ -78,19 +79,35 @@ class MixtureHead(CodeBook, nn.Module):
 
     @torch.no_grad()
     def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
-        """S independent draws, (S, ..., L), for states (..., D); see `Head.draw`. The first place is read once for all draws."""
+        """S independent draws, (S, ..., L), for states (..., D); see `Head.draw`."""
+        return self.draw_sharpened(state_ND, draws, generator, None)
+
+    @torch.no_grad()
+    def draw_sharpened(
+        self,
+        state_ND: Tensor,
+        draws: int,
+        generator: Generators | None,
+        sharpen: Sharpen | None,
+        given: Sequence[int] = (),
+    ) -> Tensor:
+        """See `ByToken`: Gaussians are picked by the sharpened law, their spread stays. The first place is read once for all."""
         state_MD = state_ND.reshape(-1, state_ND.shape[-1]).to(self.output.weight.dtype)
         dtype = wide(state_MD.dtype)
         share = noise("uniform", state_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
         eps = noise("normal", state_ND, draws, self.patch_size * self.codes().mean.shape[1], generator, dtype)
         slots, before = self._split(state_MD)
-        ids_SM = self._picked(self._hidden(slots[:, 0], before.flatten(-2)), share[..., 0].T).T
-        chosen, before = [ids_SM], before.expand(draws, *before.shape)
+        chosen = [torch.full_like(share[..., 0], token, dtype=torch.int64) for token in given]
+        if not given:
+            chosen.append(self._picked(self._hidden(slots[:, 0], before.flatten(-2)), share[..., 0].T, sharpen).T)
+        before = before.expand(draws, *before.shape)
         for place in range(1, self.patch_size):
+            ids_SM = chosen[place - 1]
             before = torch.cat((before[..., 1:, :], self._embedded(ids_SM)[..., None, :]), dim=-2)
-            hidden_SMD = self._hidden(slots[:, place], before.flatten(-2))
-            ids_SM = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1)).view_as(ids_SM)
-            chosen.append(ids_SM)
+            if place >= len(given):
+                hidden_SMD = self._hidden(slots[:, place], before.flatten(-2))
+                picked = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
+                chosen.append(picked.view_as(ids_SM))
         z = self._latents(torch.stack(chosen, dim=-1), eps)
         return z.view(draws, *state_ND.shape[:-1], -1).to(state_MD.dtype)
 
@@ -134,12 +151,14 @@ class MixtureHead(CodeBook, nn.Module):
         logits = self.output(hidden.to(self.output.weight.dtype))
         return logits.to(wide(logits.dtype))
 
-    def _picked(self, hidden_RD: Tensor, share_Rn: Tensor) -> Tensor:
+    def _picked(self, hidden_RD: Tensor, share_Rn: Tensor, sharpen: Sharpen | None) -> Tensor:
         """Tokens (R, n) at which the cumulated law of each row passes these shares of it; for a chunk of rows at a time."""
         rows = max(1, CHUNK_ELEMENTS // self.output.out_features)
         parts = []
         for hidden, share in zip(hidden_RD.split(rows), share_Rn.split(rows), strict=True):
-            below = self._logits(hidden).softmax(-1).cumsum(-1)
-            at = torch.searchsorted(below, (share * below[:, -1:]).contiguous(), right=True)
-            parts.append(at.clamp_(max=below.shape[-1] - 1))
+            logits = self._logits(hidden)
+            below = (logits if sharpen is None else sharpen(logits)).softmax(-1).cumsum(-1)
+            whole = below[:, -1:]  # a share that rounds up to it would be behind the last token that has any
+            at = torch.minimum(share * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+            parts.append(torch.searchsorted(below, at.contiguous(), right=True))
         return torch.cat(parts)
