@@ -220,7 +220,7 @@ def read_anew(model: Calm, prompt: list[int], settings: Sampling, row: int) -> l
     while True:
         one = engine(model, slots=1, deterministic=True)
         one.add(whole + rest, Sampling(settings.temperature, settings.candidates, settings.max_tokens - len(text)))
-        one._queue[0].generator = generator
+        one._queue[0].started = generator
         event = one.step()[0]
         text += event.tokens
         if event.finished:
@@ -353,7 +353,7 @@ def test_mistakes_are_told_at_the_call() -> None:
         stream_text(model, "a", stop=[""])
     with pytest.raises(UserError, match="stop must be a list of texts"):
         stream_text(model, "a", stop="x")
-    with pytest.raises(UserError, match="samples must be at least 1; got 0"):
+    with pytest.raises(UserError, match="samples must be between 1 and 100,000; got 0"):
         engine(model).add([], Sampling(), samples=0)
     with pytest.raises(UserError, match=r"prompt tokens must be in \[0, "):
         engine(model).add([VOCAB], Sampling())

@@ -122,7 +122,8 @@ def test_text_beyond_the_context_of_training_is_told(
         (["calm", "--method", "mean"], "method must be one of auto, pool, centre, token; got 'mean'"),
         (["tokens", "--method", "centre"], "method centre averages latents, which this model does not draw"),
         (["calm", "--stop", ""], "stop must be a list of texts, none of them empty"),
-        (["calm", "-n", 0], "samples must be at least 1; got 0"),
+        (["calm", "-n", 0], "samples must be between 1 and 100,000; got 0"),
+        (["calm", "-n", 10**9], "samples must be between 1 and 100,000; got 1,000,000,000"),
         (
             ["calm", "--prompt", "x" * 1025],
             "a prompt has 1,025 tokens, and the model was trained to read 1,024: shorten",

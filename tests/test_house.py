@@ -188,6 +188,10 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert nextvec.__version__ == project["version"] == str(citation["version"])
     assert citation["license"] == project["license"]
     assert nextvec.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    said = subprocess.run(
+        [sys.executable, "-c", "from nextvec.cli import main; main()", "--version"], capture_output=True
+    )
+    assert (said.returncode, said.stdout.decode().strip()) == (0, f"nextvec {nextvec.__version__}")
 
 
 def test_the_wheel_holds_the_whole_package_and_its_type_marker(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from nextvec import __version__
 from nextvec.errors import UserError
 from nextvec.process import keep_freed_memory, yield_waiting_threads
 
@@ -18,8 +20,18 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"nextvec {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _verbs() -> None:
+def _verbs(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Keeps `nextvec VERB` as it is however many verbs are registered."""
 
 

@@ -77,7 +77,7 @@ def generate(
     from nextvec.rundir import load_run, read_config
     from nextvec.sampling.draw import abilities_of
     from nextvec.sampling.generate import stream_pieces
-    from nextvec.sampling.settings import Sampling
+    from nextvec.sampling.settings import Sampling, check_samples
     from nextvec.sampling.stats import Stats
 
     # a bad value is told before a large model loads
@@ -85,8 +85,7 @@ def generate(
     settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, known)
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision must be fp32 or bf16; got {precision!r}")
-    if samples < 1:
-        raise ConfigError(f"samples must be at least 1; got {samples}")
+    check_samples(samples)
     many = prompts is not None or samples > 1 or jsonl is not None
     if many and show_patches:
         raise ConfigError("--show-patches is for one text: leave --prompts, --samples and --jsonl out")

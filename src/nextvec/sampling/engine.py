@@ -24,7 +24,7 @@ from nextvec.errors import UserError
 from nextvec.model.interface import LanguageModel
 from nextvec.model.packed import pack_linears
 from nextvec.sampling.draw import Drawn, abilities, complete_patch, draw_patches
-from nextvec.sampling.settings import Finish, Law, Sampling, row_generator
+from nextvec.sampling.settings import Finish, Law, Sampling, check_samples, row_generator
 from nextvec.sampling.tiles import Tiles
 
 KEPT = 0.75  # share of the context that stays when the window slides
@@ -67,10 +67,17 @@ class _Row:
     number: int
     prompt: tuple[int, ...]
     settings: Sampling
-    generator: torch.Generator
+    sample: int  # its generator is that of (settings.seed, sample)
     patches: list[list[int]]  # whole patches to be seen; at the beginning of a step the last one is not read yet
     given: list[int]  # tokens that the next patch begins with
     produced: int = 0
+    started: torch.Generator | None = None
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Its own, made at its first draw: a long queue holds none."""
+        if self.started is None:
+            self.started = row_generator(self.settings.seed, self.sample, device)
+        return self.started
 
 
 class Engine:
@@ -120,9 +127,8 @@ class Engine:
         Samples that are admitted together share one reading of the prompt. Raises UserError for a prompt outside the vocabulary
         or, without `slide`, a text that may outgrow the context.
         """
-        settings = settings.for_model(abilities(self._model))
-        if samples < 1:
-            raise UserError(f"samples must be at least 1; got {samples}")
+        settings, prompt = settings.for_model(abilities(self._model)), tuple(prompt)
+        check_samples(samples)
         for token in prompt:
             if not 0 <= token < self._model.vocab_size:
                 raise UserError(
@@ -139,8 +145,7 @@ class Engine:
             )
         added = []
         for sample in range(samples):
-            generator = row_generator(settings.seed, row + sample, self._model.device)
-            self._queue.append(_Row(self._next, tuple(prompt), settings, generator, list(patches), given))
+            self._queue.append(_Row(self._next, prompt, settings, row + sample, list(patches), given))
             added.append(self._next)
             self._next += 1
         return added
@@ -174,14 +179,15 @@ class Engine:
         return ordered
 
     def _draw(self, rows: list[_Row], state_BD: Tensor) -> Drawn:
-        law, generators = rows[0].settings.law, [row.generator for row in rows]
+        law, generators = rows[0].settings.law, [row.generator(self._model.device) for row in rows]
         if self._tiles is not None:
             return self._tiles.draw(state_BD, law, generators)
         return draw_patches(self._model, state_BD, law, generators)
 
     def _complete(self, row: _Row, slot: int, state_1D: Tensor) -> Drawn:
         """The patch that begins with the rest of a prompt; where none does, the one after the prompt padded on its left."""
-        drawn = complete_patch(self._model, state_1D[0], row.settings.law, row.generator, row.given)
+        generator = row.generator(self._model.device)
+        drawn = complete_patch(self._model, state_1D[0], row.settings.law, generator, row.given)
         if drawn is None:
             pads = [self._pad] * (self._model.patch_size - len(row.given))
             row.patches, row.given = self._lay_out(pads + list(row.prompt))

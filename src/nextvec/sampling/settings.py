@@ -17,6 +17,7 @@ Finish = Literal["eos", "length", "stop"]  # the model ended the text, max_token
 # "token" for a model that has these laws, unless candidates are asked for, and "pool" for others
 Method = Literal["auto", "pool", "centre", "token"]
 MOST = {"candidates": 100_000, "max_tokens": 1_000_000}  # all of a pool, and all keys and values, are in memory at once
+SAMPLES = 100_000  # texts of one prompt: all wait in memory
 CANDIDATES: dict[Method, int] = {"pool": 200, "centre": 8}  # where none are given [P; docs/sampling.md]
 
 
@@ -104,6 +105,14 @@ class Sampling:
         if method == "pool":
             check_pool(self.temperature, candidates)
         return replace(self, method=method, candidates=candidates)
+
+
+def check_samples(samples: int) -> None:
+    """Raises UserError for a number of texts per prompt that is none, or more than memory should hold at once."""
+    if not 1 <= samples <= SAMPLES:
+        raise UserError(
+            f"samples must be between 1 and {SAMPLES:,}; got {samples:,}: for more, ask again with another seed"
+        )
 
 
 def row_generator(seed: int, row: int, device: torch.device) -> torch.Generator:
