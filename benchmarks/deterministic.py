@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -28,7 +28,7 @@ from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import load_run
 from nextvec.sampling import tiles
 from nextvec.sampling.engine import Engine, inputs_needed
-from nextvec.sampling.settings import CANDIDATES, Method, Sampling
+from nextvec.sampling.settings import Method, Sampling
 
 SLOTS = 32
 WORDS = "def read(self, path):\n    return [line for line in open(path) if line.startswith('#')]\n"
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, action="append", default=[], help="of a tile; all but the first cost only")
     parser.add_argument("--tokens", type=int, default=256, help="of a text, at most")
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--method", choices=list(CANDIDATES), default="pool")
+    parser.add_argument("--method", choices=get_args(Method), default="pool")
     parser.add_argument("--candidates", type=int)
     parser.add_argument("--precision", choices=list(DTYPES), default="bf16")
     parser.add_argument("--wide", action="store_true", help="head and decoder in float32")
@@ -102,7 +102,7 @@ def main() -> None:
         model.head.float()
         model.autoencoder.float()
     method: Method = options.method
-    candidates, sizes = options.candidates or CANDIDATES[method], options.rows or [tiles.ROWS]
+    candidates, sizes = options.candidates, options.rows or [tiles.ROWS]
     drawer, words = Drawer(model, tokenizer.eos_id, tokenizer.pad_id), tokenizer.encode(WORDS)
     number, choice = options.seed, random.Random(options.seed)
     found: dict[str, Any] = {"compared": 0, "different": 0, "texts": 0, "usual_texts_different": 0, "usual_texts": 0}

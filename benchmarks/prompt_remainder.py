@@ -9,6 +9,7 @@ ORDER tokens at temperature 1, SAMPLES times, and scored by Brier-1 .. ORDER aga
 * nextvec: of N to 4 N draws of the next patch those that begin with the r tokens; where none does, `left`.
 * left: pads before the text, so that it ends at the end of a patch; every patch then holds other tokens than in training.
 * middle: pads after the text, in the last patch, and new text after the pads (the authors' code).
+* token: the r tokens are given and the others drawn by their laws, of a head that knows these.
 * whole: the same prompts without their last r tokens, scored on the tokens from there: the same length of new text, with
   nothing left over. Not an answer to the question, but what the model is worth where it does not arise.
 
@@ -36,7 +37,7 @@ from nextvec.rundir import load_run
 from nextvec.sampling import draw
 from nextvec.sampling.engine import Engine
 from nextvec.sampling.explain import next_patch
-from nextvec.sampling.settings import Sampling
+from nextvec.sampling.settings import Method, Sampling
 from nextvec.scoring.brier import brier_scores
 from nextvec.scoring.clusters import cluster_ratio
 from nextvec.text.shards import TokenShards
@@ -54,12 +55,13 @@ def _places(shards: TokenShards, size: int, count: int, seed: int, rest: int) ->
     return contexts(documents, size, count, seed, longest=LONGEST * size, after=ORDER, rest=rest, spare=2)
 
 
-def continuations(model: Calm, asked: Sequence[list[int]], seed: int, pad: int) -> Tensor:
+def continuations(model: Calm, asked: Sequence[list[int]], seed: int, pad: int, method: Method) -> Tensor:
     """Texts (prompts, SAMPLES, ORDER); end-of-text is a token like any other."""
     longest = max(map(len, asked)) // model.patch_size + 4
     engine = Engine(model, eos_id=-1, pad_id=pad, slots=64, capacity=longest, packed=True)
     for index, prompt in enumerate(asked):
-        engine.add(prompt, Sampling(1.0, max_tokens=ORDER, seed=seed), samples=SAMPLES, row=index * SAMPLES)
+        settings = Sampling(1.0, max_tokens=ORDER, seed=seed, method=method)
+        engine.add(prompt, settings, samples=SAMPLES, row=index * SAMPLES)
     rows: dict[int, list[int]] = {}
     while len(engine):
         for event in engine.step():
@@ -83,7 +85,7 @@ def score(model: Calm, shards: TokenShards, rest: int, way: str, count: int, see
         else:
             asked.append(boundary + (whole if way == "whole" else prompt))
         targets.append(([*prompt[len(whole) :], *after])[:ORDER] if way == "whole" else list(after))
-    text_NSn = continuations(model, asked, seed, pad)
+    text_NSn = continuations(model, asked, seed, pad, "token" if way == "token" else "pool")
     target_Nn = torch.tensor(targets)
     values_Nn = brier_scores(text_NSn.transpose(0, 1), target_Nn, torch.ones_like(target_Nn, dtype=torch.bool)).double()
     documents = torch.tensor([place.document for place in places])
@@ -109,11 +111,13 @@ def milliseconds(model: Calm, shards: TokenShards, rest: int, seed: int) -> dict
     """Median processor time of the first patch of a prompt alone, by how the pool is decoded; the two ways in turn."""
     size = model.patch_size
     eos, pad = shards.manifest.eos_id, shards.manifest.pad_id
-    taken: dict[str, list[float]] = {"as needed": [], "whole": []}
+    taken: dict[str, list[float]] = {"as needed": [], "whole": []} | ({"token": []} if model.by_token else {})
     for place in _places(shards, size, TIMED, seed, rest):
         for way, times in taken.items():
             engine = Engine(model, eos_id=eos, pad_id=pad, slots=1, capacity=LONGEST + 4)
-            engine.add(place.ids, Sampling(0.5, max_tokens=size, seed=seed))
+            engine.add(
+                place.ids, Sampling(0.5, max_tokens=size, seed=seed, method="token" if way == "token" else "pool")
+            )
             begin = time.process_time()
             if way == "whole":
                 with mock.patch.object(draw, "decode_beginning", _decode_all):
@@ -143,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shards = TokenShards.open(chosen.data)
     rows = []
     for rest in range(1, model.patch_size):
-        for way in WAYS:
+        for way in (*WAYS, "token") if model.by_token else WAYS:
             row = score(model, shards, rest, way, chosen.prompts, chosen.seed)
             rows.append(row)
             orders = "  ".join(

@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--bad", type=int, default=0, help="bad requests")
     parser.add_argument("--tokens", type=int, default=128, help="of each stream")
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--candidates", type=int, default=200)
+    parser.add_argument("--candidates", type=int, help="of a pool; default: the model's own way to draw")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load; streams that run then are finished")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -238,7 +238,7 @@ def main() -> None:
         "prompt": options.prompt,
         "max_tokens": options.tokens,
         "temperature": options.temperature,
-        "candidates": options.candidates,
+        **({} if options.candidates is None else {"candidates": options.candidates}),
         "stream": True,
         "stream_options": {"include_usage": True},
     }

@@ -137,6 +137,19 @@ def test_the_fastest_way_that_is_as_accurate_is_the_matched_one() -> None:
     assert matched([], [], SPEEDS, OTHER) is None
 
 
+def test_a_way_without_a_point_of_its_own_is_not_looked_at() -> None:
+    """Speeds of a folder may be newer than its points."""
+    speeds = SPEEDS | {"T = 0.5, token by token": {"tokens_per_s": 800.0, "operations": 2e6}}
+    calm = {("batch sampler", 1.0): same(0.1, 0.1, 0.05, 0.0), ("centre", 8): same(0.35, 0.3, 0.15, 0.2)}
+    found = matched([tally(calm)], [tally(RIVAL)], speeds, OTHER)
+    assert found is not None
+    assert (found.way, found.reached) == ("centre of 8", False)
+    more = calm | {("temperature", 0.5): same(0.41, 0.3, 0.21, 0.2)}
+    found = matched([tally(more)], [tally(RIVAL)], speeds, OTHER)
+    assert found is not None
+    assert (found.way, found.reached) == ("T = 0.5, token by token", True)
+
+
 # --- break-even
 
 

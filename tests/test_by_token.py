@@ -218,8 +218,31 @@ def test_it_is_what_a_head_with_laws_of_tokens_is_drawn_by() -> None:
         UserError, match="method token sharpens the law of each token, which this model's head does not"
     ):
         Sampling(method="token").for_model(abilities(calm("energy")))
-    with pytest.raises(UserError, match="top_k cuts the law of the next token, which method pool does not look at"):
-        Sampling(top_k=3, candidates=10).for_model(abilities(calm("mixture")))
+    mixture = abilities(calm("mixture"))
+    with pytest.raises(UserError, match="which method pool does not look at: leave the candidates out, or take method token"):
+        Sampling(top_k=3, candidates=10).for_model(mixture)
+    with pytest.raises(UserError, match="method token draws a patch once, and got 10 candidates"):
+        Sampling(method="token", candidates=10).for_model(mixture)
+    assert Sampling(candidates=200).for_model(token).law == Sampling().for_model(token).law, "drawn together"
+
+
+@pytest.mark.parametrize("kind", ["mixture", "autoregressive"])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
+def test_a_temperature_near_zero_draws_the_likeliest_tokens(kind: str, temperature: float) -> None:
+    model = calm(kind, dtype=torch.float32)
+    state_D = model.states(torch.tensor([[[1, 2, 3]]]))[0, -1]
+
+    def drawn(seed: int, temperature: float) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return model.draw_by_token(state_D.expand(5, -1), generator, sharpener(temperature))[0].tolist()
+
+    if kind == "autoregressive":
+        assert drawn(0, temperature) == drawn(1, temperature) == drawn(2, 1e-6)
+    else:  # the latent's own noise is left
+        assert all(0 <= token < VOCAB for patch in drawn(0, temperature) for token in patch)
+    assert sample_logits(torch.tensor([[1.0, 2.0, 0.0]]), temperature, torch.Generator()).tolist() == [1]
+    with pytest.raises(UserError, match="needs at least"):
+        Sampling(temperature, candidates=20).for_model(abilities(calm("energy")))
 
 
 @pytest.mark.parametrize("kind", ["mixture", "autoregressive"])
@@ -320,6 +343,8 @@ def test_a_server_draws_by_it_unless_candidates_are_asked_for() -> None:
     assert asked(method="centre").candidates == 8
     with pytest.raises(UserError, match="top_k cuts the law of the next token, which method pool does not look at"):
         asked(candidates=20, top_k=5)
+    with pytest.raises(UserError, match="temperature 0.01 needs at least 100 candidates"):
+        asked(method="pool", temperature=0.01)
 
 
 def test_the_page_tells_of_one_draw() -> None:

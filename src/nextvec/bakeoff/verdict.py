@@ -101,6 +101,10 @@ def matched(calm: Sequence[Points], rival: Sequence[Points], speeds: Speeds, riv
     for way, (method, strength) in WAYS.items():
         if way not in speeds or not pairs:
             continue
+        if not all(
+            any((point["method"], point["strength"]) == (method, strength) for point in points) for points in calm
+        ):
+            continue  # measured before this way was
         gaps, outside = {}, False
         for unit in UNITS:
             each = [

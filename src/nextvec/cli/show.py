@@ -61,6 +61,8 @@ def show(
         vote = next_patch(model, ids, temperature, candidates, seed, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         for line in _vote_lines(vote, tokenizer, rest, top, temperature):
             print(line)
+        if model.by_token:
+            print("generate draws this model token by token; this is the vote of its --method pool")
 
 
 def _patch_lines(patches: Sequence[LatentPatch], tokenizer: Tokenizer) -> Iterator[str]:

@@ -140,7 +140,7 @@ def write(demo: Demo, corpus: Corpus, models: Models, found: Found, seconds: flo
         "K": models.calm.patch_size,
         "L": models.autoencoder.config.latent,
         "V": corpus.tokenizer.vocab_size,
-        "N": settings.CANDIDATES,
+        "N": _candidates(models.calm),
         "recipe": demo.recipe,
         "decode_rule": "argmax",
         "scored_tokens_per_file": demo.scored_length,
@@ -152,12 +152,11 @@ def write(demo: Demo, corpus: Corpus, models: Models, found: Found, seconds: flo
     calm, baseline = models.calm.config, models.baseline.config
     costs = {
         "calm": calm_cost(calm, context=patches),
-        "calm_pool": calm_cost(
-            calm, f"CALM, {settings.CANDIDATES} candidates", context=patches,
-            candidates=settings.CANDIDATES,
-        ),
         "baseline": token_lm_cost(baseline, "token Transformer", context=context),
-    }  # fmt: skip
+    }
+    if (candidates := _candidates(models.calm)) is not None:
+        name = f"CALM, {candidates} candidates"
+        costs["calm_pool"] = calm_cost(calm, name, context=patches, candidates=candidates)
     details = {
         "reconstruction": found.reconstruction.to_dict(),
         "samples": found.samples,

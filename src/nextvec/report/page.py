@@ -127,7 +127,7 @@ def stamp(inputs: Inputs) -> str:
         "Vocabulary (V)": s.V,
         "Recipe": s.recipe,
         "Decode rule": s.decode_rule,
-        "Candidates below T = 1 (N)": s.N,
+        "Candidates below T = 1 (N)": "none: each token is drawn at the temperature" if s.N is None else s.N,
         "Seed": s.seed,
         "Tokens scored of each held-out file": s.scored_tokens_per_file,
         "CALM training tokens": s.calm.train_tokens,

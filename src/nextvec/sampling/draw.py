@@ -109,7 +109,7 @@ def _draw_by_token(
 def complete_patch(
     model: LanguageModel, state_D: Tensor, law: Law, generator: torch.Generator, rest: Sequence[int]
 ) -> Drawn | None:
-    """The next patch (1, K) of one row, which begins with the rest of its prompt, 1 .. K - 1 tokens; None where no draw does.
+    """The next patch (1, K) of one row, which begins with the rest of its prompt, 1 .. K - 1 tokens; None where that cannot be.
 
     Of a pool the draws that begin with them are kept (`temperature.condition`): exact draws of the conditional law. The pool
     grows by N draws until ENOUGH agree, at most MOST_POOLS times. Where the law of each token is known, one draw is enough. A

@@ -3,8 +3,8 @@
 What a row's model reads:  [eos, pad .. pad] [whole patches of the prompt] [patches drawn so far].  The first is the boundary
 that ends a document in aligned packing, so that an empty prompt, too, has a state to start from; a model trained on packed
 documents never saw it, so there a prompt of at least one whole patch stands alone. A prompt whose length is no multiple of K
-leaves r tokens over; the first patch drawn is conditioned on them: of its pool, the draws that begin with these tokens are
-kept (`draw.complete_patch`), and what they say after them is new text. Where no draw does, the prompt is read anew with K - r
+leaves r tokens over; the first patch drawn is conditioned on them: they are given, where each token has a law of its own, and
+of a pool the draws that begin with them are kept (`draw.complete_patch`). Where no draw does, the prompt is read anew with K - r
 pads before its first token, so that it ends at the end of a patch. No pad ever stands inside a text.
 
 Legend: B rows, P patches, K tokens per patch, D width, L latent, N candidates.

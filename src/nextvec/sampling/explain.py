@@ -68,7 +68,7 @@ def latent_patches(autoencoder: Autoencoder, ids: Sequence[int]) -> list[LatentP
 def next_patch(
     model: Calm, ids: Sequence[int], temperature: float, candidates: int, seed: int, *, eos_id: int, pad_id: int
 ) -> Vote:
-    """The vote on the patch that follows a text, as generation holds it (the same draws as row 0 of the same seed).
+    """The vote on the patch that follows a text, as method pool holds it (the same draws as row 0 of the same seed).
 
     Raises UserError for fewer candidates than the temperature needs.
     """

@@ -55,7 +55,7 @@ class Sampling:
     seed: int = 0  # row i draws from a generator seeded by (seed, i)
     top_k: int | None = None  # keep the k most likely tokens; method token alone
     top_p: float | None = None  # keep the fewest most likely tokens that have this probability; likewise
-    method: Method = "auto"  # "centre" is an approximation: `candidates` are the temperature, which is not used
+    method: Method = "auto"  # of "centre", an approximation, the `candidates` are the temperature, which is not used
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -97,11 +97,21 @@ class Sampling:
             method = "token"  # a pool of single tokens would only be a worse estimate of what is known
         for name in ("top_k", "top_p"):
             if getattr(self, name) is not None and method != "token":
-                raise UserError(
-                    f"{name} cuts the law of the next token, which method {method} does not look at: leave it out and take a "
-                    "lower temperature, or use a mixture or autoregressive head, or the token baseline"
+                fix = (
+                    "leave the candidates out, or take method token"
+                    if model.by_token
+                    else "leave it out, or use a mixture or autoregressive head, or the token baseline"
                 )
-        candidates = CANDIDATES.get(method, 1) if self.candidates is None else self.candidates
+                raise UserError(f"{name} cuts the law of the next token, which method {method} does not look at: {fix}")
+        if self.method == "token" and self.candidates not in (None, 1) and not model.tokens:
+            raise UserError(
+                f"method token draws a patch once, and got {self.candidates:,} candidates: leave them out, or take method pool"
+            )
+        candidates = self.candidates
+        if method == "token":
+            candidates = 1
+        elif candidates is None:
+            candidates = CANDIDATES[method]
         if method == "pool":
             check_pool(self.temperature, candidates)
         return replace(self, method=method, candidates=candidates)
@@ -110,9 +120,8 @@ class Sampling:
 def check_samples(samples: int) -> None:
     """Raises UserError for a number of texts per prompt that is none, or more than memory should hold at once."""
     if not 1 <= samples <= SAMPLES:
-        raise UserError(
-            f"samples must be between 1 and {SAMPLES:,}; got {samples:,}: for more, ask again with another seed"
-        )
+        fix = ": for more, ask again with another seed" if samples > 0 else ""
+        raise UserError(f"samples must be between 1 and {SAMPLES:,}; got {samples:,}{fix}")
 
 
 def row_generator(seed: int, row: int, device: torch.device) -> torch.Generator:

@@ -31,6 +31,7 @@ from nextvec.errors import UserError
 
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or one per row
 
+COLDEST = 1e-6  # below it a law of tokens is its likeliest token to rounding, and a division could overflow
 _TOKEN_RANGE = 1 << 32  # a rank below N times this, plus a token, fits in int64: larger than any vocabulary
 
 
@@ -60,7 +61,7 @@ def check_pool(temperature: float, candidates: int) -> None:
 
 def split_exponent(temperature: float) -> tuple[int, float]:
     """n and a with 1/T = n + a, 0 <= a < 1; a is exactly 0 where T is the float nearest to some 1/n."""
-    exponent = 1.0 / temperature
+    exponent = min(1.0 / temperature, 2.0**53)
     nearest = round(exponent)
     if math.isclose(exponent, nearest, rel_tol=1e-12):
         return nearest, 0.0
@@ -157,11 +158,14 @@ def sharpener(
     probability `top_p` at least (always one). Of equal logits the lower id is the more likely.
     """
     check_temperature(temperature)
+    if top_p == 1:
+        top_p = None
     if temperature == 1 and top_k is None and top_p is None:
         return None
+    scale = max(temperature, COLDEST)
 
     def sharpen(logits_RV: Tensor) -> Tensor:
-        scaled_RV = logits_RV / temperature
+        scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / scale
         if top_k is None and top_p is None:
             return scaled_RV
         sorted_RV, token_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)

@@ -98,8 +98,8 @@ class Tiles:
     def _most_rows(self, law: Law) -> int:
         if isinstance(self._model, HasLogits):
             return self.rows
-        if not has_latents(self._model):
-            return 1  # a head of tokens draws row by row
+        if not has_latents(self._model) and law.method != "token":
+            return 1  # a head of tokens draws pools row by row
         most = DRAWS // (1 if law.single else law.candidates)
         return min(self.rows, 1 << max(1, most).bit_length() - 1)  # an odd number of rows would often fail the trial
 

@@ -91,10 +91,11 @@ def asked_job(
         top_p=top_p,
         method=asked.method or Sampling.method,
     )
-    sampling = sampling.for_model(abilities(served.model))
+    can = abilities(served.model)
+    sampling = sampling.for_model(can)
     drawn = sampling.law.candidates
     if asked.candidates is None:
-        sampling = replace(sampling, candidates=min(drawn, settings.candidates))
+        sampling = replace(sampling, candidates=min(drawn, settings.candidates)).for_model(can)
     elif drawn > settings.candidates:
         raise ApiError(
             400, f"candidates is at most {settings.candidates} here; got {asked.candidates}", param="candidates"

@@ -49,7 +49,7 @@ class PatchDetail(NamedTuple):
 
 @torch.inference_mode()
 def explain_patch(model: LanguageModel, pool: Pool, rest: Sequence[int], settings: Sampling) -> PatchDetail | None:
-    """The vote that chose a patch, from the draws it was chosen from; None where the model has likelihoods instead of draws.
+    """The vote that chose a patch, from the draws it was chosen from, also from a single one; None of a token model.
 
     rest: ids of the prompt that the patch begins with.
     """

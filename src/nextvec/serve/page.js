@@ -209,7 +209,7 @@ function explain({card, asked}, patch, index) {
     $("vote").append(voteTable(vote, mean));
   } else if (vote.draws === 1) {
     $("detail-words").textContent = asked.method === "token"
-      ? "Each token was drawn by its own law, sharpened, given those before it: one latent, no vote."
+      ? `Each token was drawn by its own law at this temperature, given those before it: one ${patch.latent ? "latent" : "patch"}, no vote.`
       : "At temperature 1 a patch is the model's first draw: there is no vote.";
   } else {
     const kinds = vote.candidates.length + vote.others.candidates;

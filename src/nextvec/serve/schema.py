@@ -23,10 +23,10 @@ METHOD = (
 CANDIDATES = (
     "Draws behind each patch of a CALM: in a pool below temperature 1, default 200; averaged by centre, default 8"
 )
-WHOLE = "it changes the likelihoods of tokens, and patches are drawn whole; token models answer here as CALMs do"
-UNKNOWN = "a patch that is drawn as a vector has no likelihood, and token models answer here as CALMs do"
+WHOLE = "it changes the likelihoods of tokens, which most CALMs do not have, and all models answer alike here"
+UNKNOWN = "a patch that is drawn as a vector has no likelihood, and all models answer alike here"
 NOTHING: dict[str, tuple[tuple[Any, ...], str]] = {  # values that ask for nothing, and why others cannot be had
-    "best_of": ((1,), "texts have no likelihood to be ranked by: ask for n texts and choose"),
+    "best_of": ((1,), "not every model here has likelihoods to rank texts by: ask for n texts and choose"),
     "frequency_penalty": ((0,), WHOLE),
     "presence_penalty": ((0,), WHOLE),
     "logit_bias": (({},), WHOLE),
@@ -119,7 +119,7 @@ class ChatRequest(Drawing):
 
 
 class PatchRequest(Asked):
-    """Of the page's own endpoint: one text, each patch with the vote that chose it."""
+    """Of the page's own endpoint: one text, each patch with the vote that chose it, if one did. No top_k, no top_p."""
 
     model: str
     prompt: str = ""
