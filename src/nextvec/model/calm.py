@@ -22,8 +22,7 @@ from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
 from nextvec.model.heads.codes import CodeBook
-from nextvec.model.heads.interface import ByToken, Generators, Head, Metrics, Sharpen
-from nextvec.model.heads.mixture import MixtureHead
+from nextvec.model.heads.interface import ByToken, Generators, Head, Metrics, ReadsContext, Sharpen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -114,7 +113,7 @@ class Calm(nn.Module):
         return self._with_context(self.backbone(self._inputs(ids_BPK, latent_BPL), cache), ids_BPK)
 
     def _with_context(self, state_BPD: Tensor, ids_BPK: Tensor) -> Tensor:
-        if not isinstance(self.head, MixtureHead):
+        if not isinstance(self.head, ReadsContext):
             return state_BPD
         return torch.cat((state_BPD, self.head.context(ids_BPK).to(state_BPD.dtype)), dim=-1)
 

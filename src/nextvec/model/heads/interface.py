@@ -65,6 +65,15 @@ class ByToken(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsContext(Protocol):
+    """A head that reads tokens of the patch before besides the state, behind which they then stand (`Calm.states`)."""
+
+    def context(self, ids_NK: Tensor) -> Tensor:
+        """(..., C) of patches (..., K)."""
+        ...
+
+
 def noise(
     law: Literal["uniform", "normal"],
     like_ND: Tensor,
