@@ -219,7 +219,9 @@ def test_it_is_what_a_head_with_laws_of_tokens_is_drawn_by() -> None:
     ):
         Sampling(method="token").for_model(abilities(calm("energy")))
     mixture = abilities(calm("mixture"))
-    with pytest.raises(UserError, match="which method pool does not look at: leave the candidates out, or take method token"):
+    with pytest.raises(
+        UserError, match="which method pool does not look at: leave the candidates out, or take method token"
+    ):
         Sampling(top_k=3, candidates=10).for_model(mixture)
     with pytest.raises(UserError, match="method token draws a patch once, and got 10 candidates"):
         Sampling(method="token", candidates=10).for_model(mixture)
@@ -343,7 +345,7 @@ def test_a_server_draws_by_it_unless_candidates_are_asked_for() -> None:
     assert asked(method="centre").candidates == 8
     with pytest.raises(UserError, match="top_k cuts the law of the next token, which method pool does not look at"):
         asked(candidates=20, top_k=5)
-    with pytest.raises(UserError, match="temperature 0.01 needs at least 100 candidates"):
+    with pytest.raises(UserError, match="needs at least 100 candidates"):
         asked(method="pool", temperature=0.01)
 
 

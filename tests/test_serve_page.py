@@ -113,6 +113,30 @@ def test_the_sampler_is_chosen_and_only_what_is_used_can_be_set(browser: Tab, se
     assert page.complaints == []
 
 
+def test_token_by_token_can_be_chosen_where_laws_of_tokens_are_known(browser: Tab, server: Running) -> None:
+    page = opened(browser, server)
+    option = "document.querySelector('#method option[value=token]').disabled"
+    assert page.run(option), "an energy head has no such laws"
+    page.run("models.find((each) => each.id === 'calm').nextvec.by_token = true; suit()")
+    assert not page.run(option)
+    page.type("#candidates", "60")
+    asked = "JSON.stringify(request(models.find((each) => each.id === '{}')))"
+    assert '"candidates":60' in page.run(asked.format("calm"))
+    page.run("choose('token'); suit()")
+    told = page.run(asked.format("calm"))
+    assert '"method":"token"' in told
+    assert '"temperature":0.5' in told
+    assert "candidates" not in told
+    assert page.run("document.querySelector('#candidates').disabled")
+    assert not page.run("document.querySelector('#temperature').disabled")
+    page.run("models.find((each) => each.id === 'calm').nextvec.by_token = false; suit()")
+    assert (
+        page.run("[document.querySelector('#method').value, document.querySelector('#candidates').value].join()")
+        == "pool,60"
+    )
+    assert page.complaints == []
+
+
 def test_stop_ends_the_text_and_frees_its_slot(browser: Tab, server: Running) -> None:
     page = opened(browser, server)
     page.type("#length", "200")
