@@ -4,9 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-# OpenMP threads that wait shall sleep early: on a shared machine spinning costs 20 times more than it saves.
-export GOMP_SPINCOUNT ?= 300
-
 .PHONY: demo test check lint types clean
 
 demo: $(STAMP)

@@ -27,7 +27,7 @@ def convert(
         typer.Option(help="reference: back from the run directory SRC to the published format."),
     ] = "nextvec",
 ) -> None:
-    """Make a run directory of a published autoencoder or CALM with the energy head; every tensor stays bit for bit."""
+    """Make a run directory of a published autoencoder or CALM (energy, flow, diffusion head); every tensor stays bit for bit."""
     from nextvec.errors import ConfigError
     from nextvec.reference.convert import convert as convert_checkpoint
     from nextvec.reference.convert import convert_back

@@ -16,7 +16,11 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the demo.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws all parameters and noise.")] = 0,
     recipe: Annotated[
-        Literal["fast", "paper"], typer.Option(help="fast: with the auxiliary cross-entropy; paper: energy loss alone.")
+        Literal["fast", "paper"],
+        typer.Option(
+            help="fast: our mixture head on a factored autoencoder; paper: the paper's energy head, its loss alone, on the "
+            "paper's autoencoder."
+        ),
     ] = "fast",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:

@@ -41,9 +41,11 @@ def flops(
         typer.Option(min=1, help="Tokens of the whole training. Default: the run's; presets: the paper's."),
     ] = None,
     solver: Annotated[
-        str | None, typer.Option(help="Flow and diffusion heads: another solver than the settings'.")
+        str | None, typer.Option(help="Flow, diffusion and categorical heads: another solver than the settings'.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Flow and diffusion heads: solver steps per draw.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Flow, diffusion and categorical heads: solver steps per draw.")
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(min=1, help="Operations a second, of all devices: say how long the whole training takes at it."),

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from nextvec.config import ModelRun
     from nextvec.rundir import Run
 
-Solver = Annotated[str | None, typer.Option(help="Flow and diffusion heads: another solver than the run's own.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Flow and diffusion heads: solver steps per draw.")]
+Solver = Annotated[
+    str | None, typer.Option(help="Flow, diffusion and categorical heads: another solver than the run's own.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Flow, diffusion and categorical heads: solver steps per draw.")]
 
 
 def trained_context(config: ModelRun) -> int:
