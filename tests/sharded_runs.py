@@ -39,10 +39,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "calm": {"autoencoder": AUTOENCODER, "backbone": BACKBONE, "head": {"noise": 5, "blocks": 2}},
     "token_lm": {"vocab_size": AUTOENCODER["vocab_size"], "backbone": BACKBONE},
 }
+FACTORED = AUTOENCODER | {"latent": 6, "factored": True}
 KINDS: dict[str, dict[str, Any]] = {  # the other kinds of run, shorter
     "autoencoder": {"kind": "autoencoder", "steps": 3},
     "token_lm": {"kind": "token_lm", "steps": 3, "optim": {"name": "adamw"}},
     "flow": {"kind": "calm", "model": {"head": {"kind": "flow", "blocks": 2}}, "steps": 3},
+    "categorical": {"kind": "calm", "model": {"autoencoder": FACTORED, "head": {"kind": "categorical"}}, "steps": 3},
+    "mixture": {
+        "kind": "calm",
+        "model": {"autoencoder": FACTORED, "head": {"kind": "mixture", "blocks": 1}},
+        "steps": 8,
+    },
     "latents read": {"kind": "calm", "model": {"input": "both"}, "steps": 3},
     "bf16": {"kind": "calm", "optim": {"name": "adamw"}, "precision": "bf16"},
 }
