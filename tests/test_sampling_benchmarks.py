@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nextvec.config import CalmRun, DataSettings, TokenLMConfig, TokenLMRun
+from nextvec.config import AutoencoderConfig, CalmRun, DataSettings, MixtureHeadConfig, TokenLMConfig, TokenLMRun
 from nextvec.errors import DataError
 from nextvec.evaluate.collision import contexts
+from nextvec.model.calm import Calm
 from nextvec.rundir import save_run
 from nextvec.text.prepare import prepare
 from nextvec.text.shards import TokenShards
-from sampling_models import BACKBONE, TOKENIZER, VOCAB, calm, calm_config, token_lm
+from sampling_models import BACKBONE, TOKENIZER, VOCAB, calm, calm_config, spread, token_lm
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -111,3 +113,64 @@ def test_the_speed_of_the_vocabulary(demo: Path, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"V = {VOCAB}, width 16; by bounds: no"
     assert [line.split(" rows: bounds ")[0].strip() for line in lines[1:]] == ["4", "50", "200"]
+
+
+def mixture_demo(demo: Path, folder: Path) -> Path:
+    """The same with a CALM whose head knows the law of each token."""
+    shutil.copytree(demo, folder)
+    config = calm_config(4).override(
+        autoencoder=AutoencoderConfig(vocab_size=VOCAB, patch_size=4, width=16, inner=24, latent=8, factored=True),
+        head=MixtureHeadConfig(blocks=1),
+    )
+    model = Calm(config)
+    spread(model)
+    shutil.rmtree(folder / "calm")
+    save_run(folder / "calm", CalmRun(data=DataSettings(path="unused"), model=config), model, TOKENIZER)
+    return folder
+
+
+def test_a_head_with_laws_of_tokens_is_drawn_from_token_by_token_as_well(demo: Path, tmp_path: Path) -> None:
+    folder = mixture_demo(demo, tmp_path / "demo")
+    out = tmp_path / "found.json"
+    benchmark("sampling_curves")([str(folder), "--contexts", "4", "--json", str(out), "--svg", str(tmp_path / "f.svg")])
+    found = json.loads(out.read_text())
+    methods = {point["method"] for point in found["points"]}
+    assert "temperature" in methods
+    assert "noise" not in methods
+    assert "token by token" in found["milliseconds"]
+
+
+def test_the_loss_by_place(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the head's own loss, of all places together."""
+    folder = mixture_demo(demo, tmp_path / "demo")
+    held_out = str(folder / "data" / "shards" / "valid")
+    main = benchmark("loss_by_place")
+    main(
+        [
+            str(folder / "calm"),
+            "--beside",
+            str(folder / "baseline"),
+            "--data",
+            held_out,
+            "--tokens",
+            "64",
+            "--documents",
+            "3",
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 documents of 64 tokens; nats per token at places 1 to 4, and of all"
+    rows = {line[:32].strip(): [float(value) for value in line[32:].split()] for line in lines[1:]}
+    assert list(rows) == ["CALM, as it is", "CALM, mean state", "CALM, state of another document", "token Transformer"]
+    for values in rows.values():
+        assert values[4] == pytest.approx(sum(values[:4]) / 4, abs=2e-3)
+    model = Calm.from_pretrained(folder / "calm")
+    found = shards(folder)
+    documents = [found.document(index)[:64] for index in range(found.documents)]
+    ids = torch.stack([torch.as_tensor(each.astype("int64")) for each in documents if len(each) == 64][:3])
+    ids_NPK = ids.unflatten(1, (-1, 4))
+    with torch.inference_mode():
+        loss, _ = model.loss(model.states(ids_NPK[:, :-1]), ids_NPK[:, 1:], None)
+    assert rows["CALM, as it is"][4] == pytest.approx(float(loss), abs=2e-3)
+    with pytest.raises(DataError, match="no held-out document has 4096 tokens"):
+        main([str(folder / "calm"), "--data", held_out, "--tokens", "4096"])
