@@ -177,7 +177,7 @@ def test_the_rest_of_a_prompt_is_conditioned_on_exactly(kind: str, monkeypatch: 
     settings = Sampling(0.6, max_tokens=2, seed=4)
     law = sharpened_law(model, state_D, settings, (4,))
     engine = Engine(model, eos_id=EOS, pad_id=PAD, slots=64, capacity=8)
-    engine.add([1, 2, 3, 4], settings, samples=1500)
+    engine.add([1, 2, 3, 4], settings, samples=800)
     drawn, pools = [], set()
     while len(engine):
         for event in engine.step():
@@ -290,7 +290,7 @@ def test_the_curve_of_collisions_has_its_points() -> None:
     documents = [
         torch.randint(5, (60 + row,), generator=torch.Generator().manual_seed(row)).numpy() for row in range(4)
     ]
-    places, tally = contexts(documents, K, 8, 0, longest=60, after=2), Tally()
+    places, tally = contexts(documents, K, 4, 0, longest=60, after=2), Tally()
     measure_by_token(model, places, tally, eos_id=EOS, pad_id=PAD, seed=0)
     points = {point["strength"]: point for point in tally.points()}
     assert {point["method"] for point in points.values()} == {TOKENS}

@@ -68,7 +68,7 @@ def test_a_body_that_does_not_say_json_is_told_how(server: Running, sent_as: str
 def test_what_cannot_be_had_of_a_token_model_is_not_blamed_on_vectors_alone(server: Running) -> None:
     asked = {"model": "baseline", "prompt": "a", "logprobs": 3}
     _, _, answer = read_answer(server.post("/v1/completions", asked))
-    assert json.loads(answer)["error"]["message"].endswith("token models answer here as CALMs do")
+    assert json.loads(answer)["error"]["message"].endswith("and all models answer alike here")
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
