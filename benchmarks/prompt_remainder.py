@@ -37,12 +37,12 @@ from nextvec.rundir import load_run
 from nextvec.sampling import draw
 from nextvec.sampling.engine import Engine
 from nextvec.sampling.explain import next_patch
-from nextvec.sampling.settings import Method, Sampling
+from nextvec.sampling.settings import CANDIDATES, Method, Sampling
 from nextvec.scoring.brier import brier_scores
 from nextvec.scoring.clusters import cluster_ratio
 from nextvec.text.shards import TokenShards
 
-CANDIDATES = 200
+DRAWN = CANDIDATES["pool"]
 ORDER = 4
 SAMPLES = 16
 LONGEST = 64  # patches of a prompt, fewer than
@@ -102,7 +102,7 @@ def score(model: Calm, shards: TokenShards, rest: int, way: str, count: int, see
 
 def _met(model: Calm, places: Sequence[Context], seed: int, eos: int, pad: int) -> float:
     """Share of prompts whose rest at least one of N draws begins with."""
-    votes = [next_patch(model, place.ids, 1.0, CANDIDATES, seed, eos_id=eos, pad_id=pad) for place in places]
+    votes = [next_patch(model, place.ids, 1.0, DRAWN, seed, eos_id=eos, pad_id=pad) for place in places]
     rests = [len(place.ids) % model.patch_size for place in places]
     return sum(vote.matched == rest for vote, rest in zip(votes, rests, strict=True)) / len(places)
 

@@ -79,10 +79,10 @@ def measure_calm(model: Calm, places: list[Context], eos: int, pad: int, seed: i
             add("medoid", size, patches(decode(medoid(latent_NL.unflatten(0, (-1, size))[:DRAWS]))))
         for scale in SHRINKS:
             add("shrunk", scale, patches(decode(shrunk(latent_NL.unflatten(0, (-1, 25)), scale))))
-        for scale in NOISES if isinstance(model.head, EnergyHead) else ():
-            assert isinstance(model.head, EnergyHead)
-            quiet_NL = scaled_noise(model.head, state_D, DRAWS, generator, scale)
-            add("noise", scale, patches(decode(quiet_NL)))
+        if isinstance(model.head, EnergyHead):
+            for scale in NOISES:
+                quiet_NL = scaled_noise(model.head, state_D, DRAWS, generator, scale)
+                add("noise", scale, patches(decode(quiet_NL)))
         for error in ERRORS:
             picked = [
                 adaptive_patch(_Served(pool_NK), 0.5, CANDIDATES, error, generator)

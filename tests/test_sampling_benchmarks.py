@@ -69,7 +69,7 @@ def test_prompts_that_end_inside_a_patch(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = benchmark("prompt_remainder")
-    for name, fewer in (("SAMPLES", 3), ("TIMED", 2), ("CANDIDATES", 20)):
+    for name, fewer in (("SAMPLES", 3), ("TIMED", 2), ("DRAWN", 20)):
         monkeypatch.setitem(main.__globals__, name, fewer)
     data = ["--data", str(demo / "data" / "shards" / "valid")]
     main([str(demo / "calm"), *data, "--prompts", "4", "--json", str(tmp_path / "found.json")])

@@ -96,22 +96,16 @@ def quality(calm: TableRow, rival: TableRow) -> Quality:
 
 def matched(calm: Sequence[Points], rival: Sequence[Points], speeds: Speeds, rival_speeds: Speeds) -> Matched | None:
     """From the points of both models by seed, and tokens a second of the first seed's. None where there are none."""
-    pairs = list(zip(calm, rival, strict=True))
     found = []
-    for way, (method, strength) in WAYS.items():
-        if way not in speeds or not pairs:
-            continue
-        if not all(
-            any((point["method"], point["strength"]) == (method, strength) for point in points) for points in calm
-        ):
-            continue  # measured before this way was
+    for way, at in WAYS.items():
+        own = [point for points in calm for point in points if (point["method"], point["strength"]) == at]
+        if way not in speeds or not calm or len(own) < len(calm):
+            continue  # not measured of every seed
         gaps, outside = {}, False
         for unit in UNITS:
             each = [
                 accuracy_gap(point, [other for other in others if other["method"] == TOKENS], unit)
-                for points, others in pairs
-                for point in points
-                if (point["method"], point["strength"]) == (method, strength)
+                for point, others in zip(own, rival, strict=True)
             ]
             outside |= any(beyond for _, beyond in each)
             gaps[unit] = each[0][0] if len(each) == 1 else mean([gap.value for gap, _ in each if gap.value is not None])

@@ -22,7 +22,7 @@ from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
 from nextvec.model.heads.codes import CodeBook
-from nextvec.model.heads.interface import ByToken, Generators, Head, Metrics, ReadsContext, Sharpen
+from nextvec.model.heads.interface import Generators, Head, Metrics, ReadsContext, Sharpen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -164,7 +164,7 @@ class Calm(nn.Module):
     @property
     def by_token(self) -> bool:
         """Whether the head knows the law of each token of a patch given those before it, as `draw_by_token` needs."""
-        return isinstance(self.head, ByToken)
+        return self.head.by_token
 
     def draw_by_token(
         self,
@@ -177,8 +177,9 @@ class Calm(nn.Module):
 
         given: fewer than K ids that the patches begin with.
         """
-        assert isinstance(self.head, ByToken), "this head has no law of single tokens"
-        drawn = self.head.draw_sharpened(state_ND, 1, generator, sharpen, given)[0]
+        assert self.by_token, "this head has no law of single tokens"
+        head: Any = self.head
+        drawn = head.draw(state_ND, 1, generator, sharpen, given)[0]
         if not self.has_latents:
             return drawn, None
         patch = self.autoencoder.decode_tokens(drawn)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextvec.config import CalmConfig, TokenLMConfig
 from nextvec.model.heads import head_class
-from nextvec.model.heads.interface import ByToken, Sharpen
+from nextvec.model.heads.interface import Sharpen
 from nextvec.model.interface import LanguageModel
 from nextvec.sampling.approximate import centre
 from nextvec.sampling.pools import PlaceDecoder, choose_patch, decode_beginning
@@ -80,16 +80,15 @@ def draw_patches(model: LanguageModel, state_BD: Tensor, law: Law, generators: S
         return Drawn(sample_logits(logits_BV, law.temperature, generators, law.top_k, law.top_p)[:, None], 1, None)
     if law.method == "token":
         return _draw_by_token(model, state_BD, law, generators)
-    single = law.single
-    draws = 1 if single else law.candidates
+    draws = 1 if law.single else law.candidates
     if isinstance(model, HasLatents) and model.has_latents:
         latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
         if law.method == "centre":
             return Drawn(model.autoencoder.decode_tokens(centre(latent_BNL)), draws, None, latent_BNL)
         choice = choose_patch(model.autoencoder, latent_BNL, model.patch_size, law.temperature, generators)
-        return Drawn(choice.patch, draws, None if single else choice.copies, latent_BNL)
+        return Drawn(choice.patch, draws, None if law.single else choice.copies, latent_BNL)
     token_BNK = torch.stack([model.draw_tokens(state_BD[row], draws, each) for row, each in enumerate(generators)])
-    if single:
+    if law.single:
         return Drawn(token_BNK[:, 0], 1, None, tokens=token_BNK)
     patch_BK = batch_temperature(token_BNK, law.temperature, generators)
     return Drawn(patch_BK, draws, count_equal(token_BNK), tokens=token_BNK)
@@ -158,7 +157,7 @@ def abilities_of(config: CalmConfig | TokenLMConfig) -> Abilities:
     if isinstance(config, TokenLMConfig):
         return Abilities(tokens=True, latents=False, by_token=True)
     head = head_class(config)
-    return Abilities(tokens=False, latents=head.latents, by_token=issubclass(head, ByToken))
+    return Abilities(tokens=False, latents=head.latents, by_token=head.by_token)
 
 
 def grow_pool(

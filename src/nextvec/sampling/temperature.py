@@ -207,6 +207,7 @@ def uniforms(generator: Generators, like_BN: Tensor) -> Tensor:
 def pick(probability_BN: Tensor, uniform_B1: Tensor) -> Tensor:
     """Index (B,) drawn from each row's probabilities by inverting their cumulative sum."""
     cumulative_BN = probability_BN.cumsum(dim=1)
-    whole_B1 = cumulative_BN[:, -1:]  # a number that rounds up to it would be behind the last that has any probability
-    at_B1 = torch.minimum(uniform_B1 * whole_B1, torch.nextafter(whole_B1, torch.zeros_like(whole_B1)))
-    return torch.searchsorted(cumulative_BN, at_B1, right=True).squeeze(1)
+    below_one = uniform_B1 * (
+        1 - torch.finfo(uniform_B1.dtype).eps
+    )  # none may round up to the sum, behind all that count
+    return torch.searchsorted(cumulative_BN, below_one * cumulative_BN[:, -1:], right=True).squeeze(1)

@@ -26,6 +26,7 @@ class AutoregressiveHead(nn.Module):
     """
 
     latents: ClassVar[bool] = False
+    by_token: ClassVar[bool] = True
     teacher: ClassVar[str] = "tokens"
     objective: ClassVar[str] = "cross_entropy"
 
@@ -58,20 +59,18 @@ class AutoregressiveHead(nn.Module):
         return torch.cat(parts).view(ids_NK.shape)
 
     @torch.no_grad()
-    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
-        """S independent patches, (S, ..., K) int64, for states (..., D); see `Head.draw`."""
-        return self.draw_sharpened(state_ND, draws, generator, None)
-
-    @torch.no_grad()
-    def draw_sharpened(
+    def draw(
         self,
         state_ND: Tensor,
         draws: int,
         generator: Generators | None,
-        sharpen: Sharpen | None,
+        sharpen: Sharpen | None = None,
         given: Sequence[int] = (),
     ) -> Tensor:
-        """See `ByToken`. The state is read once for all draws, which then go on as branches of it."""
+        """S independent patches, (S, ..., K) int64, for states (..., D); see `Head`.
+
+        The state is read once for all draws, which then go on as branches of it.
+        """
         state_MD = self._start(state_ND).reshape(-1, state_ND.shape[-1])
         hidden_M1D, trunk = self.decoder.trunk(state_MD[:, None])
         tokens = [torch.full((len(state_MD), draws), token, device=state_MD.device) for token in given]

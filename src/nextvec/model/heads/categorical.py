@@ -39,6 +39,7 @@ class CategoricalHead(CodeBook, nn.Module):
     """
 
     latents: ClassVar[bool] = True
+    by_token: ClassVar[bool] = False
     teacher: ClassVar[str] = "tokens"
     objective: ClassVar[str] = "cross_entropy"
 

@@ -33,6 +33,7 @@ class DiffusionHead(nn.Module):
     """At step i of 1000 a latent lies at signal_i z + noise_i eps, z a draw of the teacher, eps standard normal."""
 
     latents: ClassVar[bool] = True
+    by_token: ClassVar[bool] = False
     teacher: ClassVar[str] = "posterior"
     objective: ClassVar[str] = "diffusion"
 

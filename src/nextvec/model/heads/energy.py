@@ -45,6 +45,7 @@ class EnergyHead(nn.Module):
     """Draws latents from an implicit distribution given the state."""
 
     latents: ClassVar[bool] = True
+    by_token: ClassVar[bool] = False
     teacher: ClassVar[str] = "posterior"
     objective: ClassVar[str] = "energy"
 

@@ -25,6 +25,7 @@ class FlowHead(nn.Module):
     """
 
     latents: ClassVar[bool] = True
+    by_token: ClassVar[bool] = False
     teacher: ClassVar[str] = "posterior"
     objective: ClassVar[str] = "flow"
 

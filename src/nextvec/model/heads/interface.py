@@ -21,9 +21,13 @@ class Head(Protocol):
 
     A head of latents draws latents, which the autoencoder decodes, and a head of tokens draws patches. It learns from the
     autoencoder's posterior, or from the patch itself.
+
+    by_token: it knows the law of each token of a patch given those before it. Its `draw` then also takes `sharpen`, by what of
+    its law each token is drawn (None: by the law itself), and `given`, fewer than K ids that every patch begins with.
     """
 
     latents: ClassVar[bool]
+    by_token: ClassVar[bool]
     teacher: ClassVar[str]  # posterior | tokens: what `loss` is given
     objective: ClassVar[str]  # name of the metric that is the loss itself
 
@@ -43,25 +47,6 @@ class Head(Protocol):
 
     def compile_regions(self) -> list[nn.Module]:
         """The repeated blocks, for regional compilation."""
-        ...
-
-
-@runtime_checkable
-class ByToken(Protocol):
-    """A head that knows the law of each token of a patch given those before it, and so can sharpen it token by token."""
-
-    def draw_sharpened(
-        self,
-        state_ND: Tensor,
-        draws: int,
-        generator: Generators | None,
-        sharpen: Sharpen | None,
-        given: Sequence[int] = (),
-    ) -> Tensor:
-        """As `Head.draw`, each token by what `sharpen` makes of its law, None for the law itself.
-
-        given: fewer than K ids that every patch begins with; the others are drawn given these.
-        """
         ...
 
 

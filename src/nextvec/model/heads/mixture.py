@@ -34,6 +34,7 @@ class MixtureHead(CodeBook, nn.Module):
     """
 
     latents: ClassVar[bool] = True
+    by_token: ClassVar[bool] = True
     teacher: ClassVar[str] = "tokens"
     objective: ClassVar[str] = "cross_entropy"
 
@@ -78,23 +79,22 @@ class MixtureHead(CodeBook, nn.Module):
         return torch.cat(parts).view(ids_NK.shape)
 
     @torch.no_grad()
-    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
-        """S independent draws, (S, ..., L), for states (..., D); see `Head.draw`."""
-        return self.draw_sharpened(state_ND, draws, generator, None)
-
-    @torch.no_grad()
-    def draw_sharpened(
+    def draw(
         self,
         state_ND: Tensor,
         draws: int,
         generator: Generators | None,
-        sharpen: Sharpen | None,
+        sharpen: Sharpen | None = None,
         given: Sequence[int] = (),
     ) -> Tensor:
-        """See `ByToken`: Gaussians are picked by the sharpened law, their spread stays. The first place is read once for all."""
+        """S independent draws, (S, ..., L), for states (..., D); see `Head`. The first place is read once for all draws.
+
+        Gaussians are picked by the sharpened law; their spread stays.
+        """
         state_MD = state_ND.reshape(-1, state_ND.shape[-1]).to(self.output.weight.dtype)
         dtype = wide(state_MD.dtype)
         share = noise("uniform", state_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
+        share = share * (1 - torch.finfo(dtype).eps)  # none may round up to the whole law, behind its last token
         eps = noise("normal", state_ND, draws, self.patch_size * self.codes().mean.shape[1], generator, dtype)
         slots, before = self._split(state_MD)
         chosen = [torch.full_like(share[..., 0], token, dtype=torch.int64) for token in given]
@@ -158,7 +158,5 @@ class MixtureHead(CodeBook, nn.Module):
         for hidden, share in zip(hidden_RD.split(rows), share_Rn.split(rows), strict=True):
             logits = self._logits(hidden)
             below = (logits if sharpen is None else sharpen(logits)).softmax(-1).cumsum(-1)
-            whole = below[:, -1:]  # a share that rounds up to it would be behind the last token that has any
-            at = torch.minimum(share * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-            parts.append(torch.searchsorted(below, at.contiguous(), right=True))
+            parts.append(torch.searchsorted(below, (share * below[:, -1:]).contiguous(), right=True))
         return torch.cat(parts)
