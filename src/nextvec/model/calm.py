@@ -81,6 +81,7 @@ class Calm(nn.Module):
         self.compressor = Compressor(config)
         self.backbone = Backbone(config.backbone)
         self.head = build_head(config)
+        self._reads_context = isinstance(self.head, ReadsContext)  # asked once: a protocol takes 10 us to ask
         self.autoencoder = autoencoder if autoencoder is not None else Autoencoder(config.autoencoder)
         if self.autoencoder.config != config.autoencoder:
             raise ValueError("the autoencoder given has another configuration than config.autoencoder")
@@ -113,9 +114,10 @@ class Calm(nn.Module):
         return self._with_context(self.backbone(self._inputs(ids_BPK, latent_BPL), cache), ids_BPK)
 
     def _with_context(self, state_BPD: Tensor, ids_BPK: Tensor) -> Tensor:
-        if not isinstance(self.head, ReadsContext):
+        if not self._reads_context:
             return state_BPD
-        return torch.cat((state_BPD, self.head.context(ids_BPK).to(state_BPD.dtype)), dim=-1)
+        head: Any = self.head
+        return torch.cat((state_BPD, head.context(ids_BPK).to(state_BPD.dtype)), dim=-1)
 
     def _inputs(self, ids_BPK: Tensor, latent_BPL: Tensor | None = None) -> Tensor:
         """What the backbone reads, (B, P, D)."""

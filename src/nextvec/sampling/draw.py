@@ -6,7 +6,7 @@ Legend: B rows, K tokens per patch, D width, L latent, N candidates, V vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,9 +97,9 @@ def draw_patches(model: LanguageModel, state_BD: Tensor, law: Law, generators: S
 def _draw_by_token(
     model: LanguageModel, state_BD: Tensor, law: Law, generators: Sequence[torch.Generator], given: Sequence[int] = ()
 ) -> Drawn:
-    assert isinstance(model, HasTokenLaws), "settings were checked for the model"
+    laws = cast(HasTokenLaws, model)  # settings were checked for the model
     sharpen = sharpener(law.temperature, law.top_k, law.top_p)
-    patch_BK, latent_BL = model.draw_by_token(state_BD, generators, sharpen, given)
+    patch_BK, latent_BL = laws.draw_by_token(state_BD, generators, sharpen, given)
     if latent_BL is None:
         return Drawn(patch_BK, 1, None, tokens=patch_BK[:, None])
     return Drawn(patch_BK, 1, None, latent_BL[:, None])
