@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nextvec.config import (
     AutoencoderConfig,
@@ -20,6 +21,7 @@ from nextvec.model.calm import Calm
 from nextvec.model.cross_entropy import linear_cross_entropy
 from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.init import STD, initialise
+from nextvec.model.text_states import States, TextStates
 from nextvec.model.token_lm import TokenLM
 
 AUTOENCODER = AutoencoderConfig(vocab_size=61, patch_size=4, width=16, inner=24, latent=12)
@@ -42,16 +44,17 @@ def calm(form: str = "tokens") -> Calm:
     return model
 
 
-def mixture() -> Calm:
+def mixture(recall: int = 0) -> Calm:
     """Its head reads tokens of the patch besides the state."""
     factored = AUTOENCODER.override(factored=True)
-    model = lively(Calm(CalmConfig(autoencoder=factored, backbone=BACKBONE, head=MixtureHeadConfig())))
+    model = lively(Calm(CalmConfig(autoencoder=factored, backbone=BACKBONE, head=MixtureHeadConfig(recall=recall))))
     assert isinstance(model, Calm)
     return model
 
 
-def token_lm(embedding_norm: bool = False) -> TokenLM:
-    model = lively(TokenLM(TokenLMConfig(vocab_size=61, backbone=BACKBONE, embedding_norm=embedding_norm)))
+def token_lm(embedding_norm: bool = False, recall: int = 0) -> TokenLM:
+    config = TokenLMConfig(vocab_size=61, backbone=BACKBONE, embedding_norm=embedding_norm, recall=recall)
+    model = lively(TokenLM(config))
     assert isinstance(model, TokenLM)
     return model
 
@@ -60,11 +63,26 @@ def ids(rows: int, patches: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 61, (rows, patches, size), generator=torch.Generator().manual_seed(seed))
 
 
-every_model = pytest.mark.parametrize(
-    "model",
-    [calm(), calm("latents"), calm("both"), mixture(), token_lm(), token_lm(embedding_norm=True)],
-    ids=["calm", "calm of latents", "calm of both", "calm of a mixture", "token_lm", "token_lm of equal embeddings"],
-)
+MODELS = {
+    "calm": calm(),
+    "calm of latents": calm("latents"),
+    "calm of both": calm("both"),
+    "calm of a mixture": mixture(),
+    "calm with recall": mixture(recall=2),
+    "token_lm": token_lm(),
+    "token_lm of equal embeddings": token_lm(embedding_norm=True),
+    "token_lm with recall": token_lm(recall=2),
+}
+every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+
+
+def said(model: Calm | TokenLM, states: States) -> Tensor:
+    """What a model makes of its states, (..., F): a law of tokens, or latents; of a text looked up, too."""
+    if isinstance(states, TextStates):
+        patch = torch.zeros(*states.shape[:-1], model.patch_size, dtype=torch.int64)
+        law = model.head.log_probabilities(states, patch)  # type: ignore[union-attr, operator]
+        return torch.cat((states.vector, law), dim=-1)
+    return states
 
 
 @every_model
@@ -76,7 +94,9 @@ def test_cached_states_equal_uncached_for_every_split(model: Calm | TokenLM) -> 
         parts = [model.states(tokens[:, :first], cache), model.states(tokens[:, first : first + 1], cache)]
         if first < 8:
             parts.append(model.states(tokens[:, first + 1 :], cache))
-        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            torch.cat([said(model, part) for part in parts], 1), said(model, whole), rtol=1e-11, atol=1e-11
+        )
     with pytest.raises(ValueError, match="the cache holds 9 positions; got 10"):
         model.states(tokens[:, :1], cache)
 
@@ -85,14 +105,14 @@ def test_cached_states_equal_uncached_for_every_split(model: Calm | TokenLM) -> 
 def test_branches_equal_running_each_prefix_alone(model: Calm | TokenLM) -> None:
     tokens, first, second = (ids(2, 6, model.patch_size, seed) for seed in range(3))
     state, trunk = model.trunk(tokens)
-    torch.testing.assert_close(state, model.states(tokens), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(said(model, state), said(model, model.states(tokens)), rtol=1e-11, atol=1e-11)
     one, trunk_one = model.branch(first, trunk, torch.arange(6))
     two, _ = model.branch(second, trunk_one, torch.arange(6))
     for p in range(6):
         sequence = torch.cat((tokens[:, : p + 1], first[:, p : p + 1], second[:, p : p + 1]), dim=1)
-        alone = model.states(sequence)
-        torch.testing.assert_close(one[:, p], alone[:, p + 1], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(two[:, p], alone[:, p + 2], rtol=1e-10, atol=1e-10)
+        alone = said(model, model.states(sequence))
+        torch.testing.assert_close(said(model, one)[:, p], alone[:, p + 1], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(said(model, two)[:, p], alone[:, p + 2], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("form", ["tokens", "latents", "both"])

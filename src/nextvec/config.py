@@ -173,6 +173,7 @@ class TokenLMConfig(Config):
     vocab_size: Positive
     backbone: BackboneConfig
     embedding_norm: bool = False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe.md) [D]
+    recall: Count = 0  # attention heads that look up what followed the last two tokens earlier in the text [D]
 
     @property
     def patch_size(self) -> int:

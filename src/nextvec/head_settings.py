@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from nextvec.settings import CHOICE, Config, Positive, Rate
+from nextvec.settings import CHOICE, Config, Count, Positive, Rate
 
 
 class EnergyHeadConfig(Config):
@@ -90,6 +90,9 @@ class MixtureHeadConfig(Config):
 
     kind: Literal["mixture"] = "mixture"
     blocks: Positive = 1  # residual blocks of the backbone's width, inner too, run at every place
+    recall: Count = (
+        0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
+    )
 
 
 class AutoregressiveHeadConfig(Config):

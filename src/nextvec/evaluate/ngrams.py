@@ -168,7 +168,7 @@ def _chain(
             draw_N, start_N = draw_N[kept], start_N[kept]
         for group in _groups(start_N, room):
             draw_G, start_G, length = draw_N[group], start_N[group], K
-            grown = _before(trunk, row, int(at_Q[start_G[-1]]) + 1)
+            grown = trunk.before(row, int(at_Q[start_G[-1]]) + 1)
             while len(draw_G):
                 patch_1GK = whole[0][draw_G, row, start_G, length - K : length][None]
                 link, grown = grow(patch_1GK, grown, at_Q[start_G])
@@ -180,7 +180,7 @@ def _chain(
                     break
                 if scored is not None:
                     kept = scored.matters(row, start_G, whole[0][draw_G, row, start_G, :length])
-                    draw_G, start_G, grown = draw_G[kept], start_G[kept], _only(grown, kept)
+                    draw_G, start_G, grown = draw_G[kept], start_G[kept], grown.only(kept)
     return whole
 
 
@@ -194,17 +194,6 @@ def _groups(start_N: Tensor, room: int) -> Iterator[slice]:
         end += count
     if end > begin:
         yield slice(begin, end)
-
-
-def _before(trunk: Trunk, row: int, patches: int) -> Trunk:
-    """The first patches of one row, all that the branches of a group can see."""
-    return Trunk([(key[row : row + 1, :, :patches], value[row : row + 1, :, :patches]) for key, value in trunk.layers])
-
-
-def _only(trunk: Trunk, kept_N: Tensor) -> Trunk:
-    """The same trunk with some of its branches."""
-    branches = tuple([(key[:, :, kept_N], value[:, :, kept_N]) for key, value in layer] for layer in trunk.branches)
-    return Trunk(trunk.layers, branches)
 
 
 def _log_of(exact: TokenProbabilities, vocabulary: int, state_BTD: Tensor, ids_BT: Tensor) -> Tensor:

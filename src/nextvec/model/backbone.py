@@ -5,7 +5,7 @@ Legend: B batch, P positions, D width, H heads, E head dimension, N branches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -23,11 +23,35 @@ Layers = list[tuple[Tensor, Tensor]]  # rotated keys and values of every layer
 class Trunk:
     """Keys and values of a whole sequence, (B, H_kv, P, E), and of the branches grown on it, (B, H_kv, N, E).
 
-    Entry c of `branches` holds the c-th patch of each of the N branches.
+    Entry c of `branches` holds the c-th patch of each of the N branches. text, own: their ids, (B, P, K) and (B, N, K) each.
     """
 
     layers: Layers
     branches: tuple[Layers, ...] = ()
+    text: Tensor | None = None  # where the model looks earlier tokens up
+    own: tuple[Tensor, ...] = ()
+
+    def before(self, row: int, positions: int) -> Trunk:
+        """The first positions of one row, without branches."""
+        layers = [
+            (key[row : row + 1, :, :positions], value[row : row + 1, :, :positions]) for key, value in self.layers
+        ]
+        return Trunk(layers, text=None if self.text is None else self.text[row : row + 1, :positions])
+
+    def only(self, kept_N: Tensor) -> Trunk:
+        """With some of the branches."""
+        branches = tuple([(key[:, :, kept_N], value[:, :, kept_N]) for key, value in layer] for layer in self.branches)
+        return replace(self, branches=branches, own=tuple(ids[:, kept_N] for ids in self.own))
+
+    def grown_text(self, ids_BNK: Tensor, at_N: Tensor) -> tuple[Tensor, Tensor]:
+        """What each branch has read with these patches, ids (B, N, T), and how many tokens that is, (N,)."""
+        assert self.text is not None, "this trunk was made without its text"
+        size = ids_BNK.shape[-1]
+        own = torch.cat([*self.own, ids_BNK], dim=-1)  # (B, N, m)
+        length_N = (at_N + 1) * size
+        text = F.pad(self.text.flatten(1), (0, own.shape[-1]))[:, None].expand(-1, len(at_N), -1).clone()
+        place_Nm = length_N[:, None] + torch.arange(own.shape[-1], device=own.device)
+        return text.scatter_(-1, place_Nm.expand_as(own), own), length_N + own.shape[-1]
 
 
 class Backbone(nn.Module):
@@ -96,10 +120,10 @@ class Backbone(nn.Module):
             query, key, value = block.attention.project(block.attention_norm(x_BND), cos, sin)
             grown.append((key, value))
             own = [branch[layer] for branch in trunk.branches] + [(key, value)]
-            mixed = _attend_branch(query, trunk.layers[layer], own, hidden_NP)
+            mixed = attend_branch(query, trunk.layers[layer], own, hidden_NP)
             x_BND = x_BND + block.attention.out(mixed.transpose(1, 2).flatten(-2))
             x_BND = x_BND + block.mlp(block.mlp_norm(x_BND))
-        return self.norm(x_BND), Trunk(trunk.layers, (*trunk.branches, grown))
+        return self.norm(x_BND), replace(trunk, branches=(*trunk.branches, grown))
 
     def _rotary(self, positions_P: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(positions_P, self.config.head_dim, self.config.rope_base, rotary_dtype(like))
@@ -117,7 +141,7 @@ def _attend_apart(query_BHPE: Tensor, key: Tensor, value: Tensor, seen: tuple[tu
     return mixed_BHPE
 
 
-def _attend_branch(query_BHNE: Tensor, trunk: tuple[Tensor, Tensor], own: Layers, hidden_NP: Tensor) -> Tensor:
+def attend_branch(query_BHNE: Tensor, trunk: tuple[Tensor, Tensor], own: Layers, hidden_NP: Tensor) -> Tensor:
     """softmax over the visible trunk positions and each branch's own inputs: mixed values (B, H, N, E).
 
     Query heads are grouped by the key/value head that they share, G to each.

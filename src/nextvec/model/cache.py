@@ -5,6 +5,7 @@ Legend: B rows, P positions read at once, H heads, E head dimension, C positions
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,18 +21,26 @@ class KVCache:
     A bf16 model's cache on a CPU is float32: one query against the cache is then 4.5 to 8 times faster, and rounded less.
     `rows` gives a part of it as a cache of its own on the same memory. `apart`: each position attends by itself, over exactly
     those before it, so that its bits depend on no other; only positions of the first so many rows, and of these the first so
-    many, do: the others fill a tile up, and nobody reads their states.
+    many, do: the others fill a tile up, and nobody reads their states. text_patch: tokens of a position that are kept, too, for
+    a model that looks them up (`recall`).
     """
 
     apart: tuple[int, int] | None = None
 
     def __init__(
-        self, config: BackboneConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: BackboneConfig,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        text_patch: int = 0,
     ) -> None:
         wide = torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
         shape = (config.layers, 2, rows, config.key_value_heads, capacity, config.head_dim)
         self.store = torch.zeros(shape, device=device, dtype=wide)
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # positions held by each row, on the host
+        self.text = torch.zeros(rows, capacity, text_patch, device=device, dtype=torch.int64)
         positions = torch.arange(capacity, device=device)
         self._rotations = rotary_table(positions, config.head_dim, config.rope_base, dtype)
 
@@ -43,6 +52,7 @@ class KVCache:
         """Rows start..stop: what is read into them is in this cache too."""
         part = object.__new__(KVCache)
         part.store, part.lengths = self.store[:, :, start:stop], self.lengths[start:stop]
+        part.text = self.text[start:stop]
         part._rotations = self._rotations
         return part
 
@@ -50,18 +60,38 @@ class KVCache:
         """Row `target` becomes what row `source` is."""
         length = int(self.lengths[source])
         self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
+        self.text[target, :length] = self.text[source, :length]
         self.lengths[target] = length
+
+    def repeat(self, source: KVCache, lengths: Sequence[int]) -> None:
+        """Every row becomes the first of `source`, up to these lengths."""
+        self.store.copy_(source.store[:, :, :1].expand_as(self.store))
+        self.text.copy_(source.text[:1].expand_as(self.text))
+        self.lengths.copy_(torch.tensor(lengths))
+
+    def write_text(self, ids_BPK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the ids of positions about to be read. Returns all texts (B, T), and how much each position has seen, (B, P)."""
+        rows, positions, size = ids_BPK.shape
+        place_BP = self.lengths[:, None] + torch.arange(positions)
+        longest = int(place_BP[:, -1].max()) + 1
+        self._check_room(longest)
+        place_BP = place_BP.to(ids_BPK.device)
+        self.text[torch.arange(rows, device=ids_BPK.device)[:, None], place_BP] = ids_BPK
+        return self.text[:, :longest].flatten(1).clone(), (place_BP + 1) * size
 
     def clear(self, row: int) -> None:
         """Row `row` holds nothing any more."""
         self.lengths[row] = 0
 
+    def _check_room(self, positions: int) -> None:
+        if positions > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions; got {positions}: make a larger one")
+
     def reading(self, positions: int) -> Reading:
         """What all layers need to read the next positions of every row. Raises ValueError when there is no room for them."""
         lengths = self.lengths.tolist()
         longest, device = max(lengths) + positions, self.store.device
-        if longest > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions; got {longest}: make a larger one")
+        self._check_room(longest)
         if min(lengths) == max(lengths) and self.apart is None:
             start = lengths[0]
             cos, sin = (table[start:longest] for table in self._rotations)

@@ -10,6 +10,7 @@ Legend: B batch, P patches, K tokens per patch, D width, L latent, S draws, V vo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,6 +24,8 @@ from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Head, Metrics, ReadsContext, Sharpen
+from nextvec.model.heads.mixture import MixtureHead
+from nextvec.model.text_states import States, TextStates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,6 +85,7 @@ class Calm(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.head = build_head(config)
         self._reads_context = isinstance(self.head, ReadsContext)  # asked once: a protocol takes 10 us to ask
+        self._recalls = isinstance(self.head, MixtureHead) and self.head.recall is not None
         self.autoencoder = autoencoder if autoencoder is not None else Autoencoder(config.autoencoder)
         if self.autoencoder.config != config.autoencoder:
             raise ValueError("the autoencoder given has another configuration than config.autoencoder")
@@ -105,19 +109,34 @@ class Calm(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.backbone.norm.weight.dtype
 
-    def states(self, ids_BPK: Tensor, cache: KVCache | None = None, latent_BPL: Tensor | None = None) -> Tensor:
+    def states(self, ids_BPK: Tensor, cache: KVCache | None = None, latent_BPL: Tensor | None = None) -> States:
         """Backbone states (B, P, D) of patches (B, P, K); the state at p predicts patch p + 1.
 
         latent: the posterior means of these patches, where they are known and the input holds them; else they are encoded.
-        A head that reads tokens of the patch itself finds them behind the state, which is that much wider.
+        A head that reads tokens of the patch itself finds them behind the state, which is that much wider. With one that
+        looks tokens of the whole text up they are `TextStates`, which hold it.
         """
-        return self._with_context(self.backbone(self._inputs(ids_BPK, latent_BPL), cache), ids_BPK)
+        read = cache.write_text(ids_BPK) if self._recalls and cache is not None else None
+        state_BPD = self._with_context(self.backbone(self._inputs(ids_BPK, latent_BPL), cache), ids_BPK)
+        if cache is None or read is None:
+            return self._with_text(state_BPD, ids_BPK)
+        text_BT, seen_BP = read
+        text_BPT = text_BT[:, None].expand(-1, ids_BPK.shape[1], -1)
+        return TextStates(state_BPD, text_BPT, seen_BP, apart=cache.apart is not None)
 
     def _with_context(self, state_BPD: Tensor, ids_BPK: Tensor) -> Tensor:
         if not self._reads_context:
             return state_BPD
         head: Any = self.head
         return torch.cat((state_BPD, head.context(ids_BPK).to(state_BPD.dtype)), dim=-1)
+
+    def _with_text(self, state_BPD: Tensor, ids_BPK: Tensor) -> States:
+        """With the patches that were read, from the first of the text."""
+        if not self._recalls:
+            return state_BPD
+        seen_P = torch.arange(1, ids_BPK.shape[1] + 1, device=ids_BPK.device) * self.patch_size
+        text_BPT = ids_BPK.flatten(1)[:, None].expand(-1, len(seen_P), -1)
+        return TextStates(state_BPD, text_BPT, seen_P.expand(len(ids_BPK), -1))
 
     def _inputs(self, ids_BPK: Tensor, latent_BPL: Tensor | None = None) -> Tensor:
         """What the backbone reads, (B, P, D)."""
@@ -127,17 +146,23 @@ class Calm(nn.Module):
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` patches."""
-        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype)
+        text_patch = self.patch_size if self._recalls else 0
+        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype, text_patch)
 
-    def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
+    def trunk(self, ids_BPK: Tensor) -> tuple[States, Trunk]:
         """States and what branches attend to (see Backbone.branch)."""
         state_BPD, trunk = self.backbone.trunk(self._inputs(ids_BPK))
-        return self._with_context(state_BPD, ids_BPK), trunk
+        state = self._with_text(self._with_context(state_BPD, ids_BPK), ids_BPK)
+        return state, replace(trunk, text=ids_BPK) if self._recalls else trunk
 
-    def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
+    def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[States, Trunk]:
         """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
         state_BND, grown = self.backbone.branch(self._inputs(ids_BNK), trunk, at_N)
-        return self._with_context(state_BND, ids_BNK), grown
+        state = self._with_context(state_BND, ids_BNK)
+        if not self._recalls:
+            return state, grown
+        text_BNT, seen_N = trunk.grown_text(ids_BNK, at_N)
+        return TextStates(state, text_BNT, seen_N.expand(len(text_BNT), -1)), replace(grown, own=(*trunk.own, ids_BNK))
 
     @property
     def has_latents(self) -> bool:
@@ -149,12 +174,12 @@ class Calm(nn.Module):
         """Whether the head's loss asks for the autoencoder's posterior of the patch; else for its tokens."""
         return self.head.teacher == "posterior"
 
-    def draw_latents(self, state_ND: Tensor, draws: int, generator: Generators | None = None) -> Tensor:
+    def draw_latents(self, state_ND: States, draws: int, generator: Generators | None = None) -> Tensor:
         """S latents (S, ..., L) for states (..., D): the model's predictive distribution of the next patch."""
         assert self.has_latents, "a head of tokens has no latent"
         return self.head.draw(state_ND, draws, generator)
 
-    def draw_tokens(self, state_ND: Tensor, draws: int, generator: Generators | None = None) -> Tensor:
+    def draw_tokens(self, state_ND: States, draws: int, generator: Generators | None = None) -> Tensor:
         """S patches (S, ..., K) int64: latents drawn, then decoded by the most likely token at each place.
 
         A head of tokens draws them itself.
@@ -170,7 +195,7 @@ class Calm(nn.Module):
 
     def draw_by_token(
         self,
-        state_ND: Tensor,
+        state_ND: States,
         generator: Generators | None = None,
         sharpen: Sharpen | None = None,
         given: Sequence[int] = (),
@@ -200,7 +225,7 @@ class Calm(nn.Module):
         if solver is not None or steps is not None:
             head.config = self.config.head
 
-    def loss(self, state_ND: Tensor, target_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+    def loss(self, state_ND: States, target_NK: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """The head's mean loss of states (..., D) against the patches (..., K) that follow them, and detached figures."""
         target: Any = self.teacher(target_NK) if self.learns_from_posterior else target_NK
         head: Head = self.head

@@ -1,7 +1,8 @@
 """All initialisation in one place.
 
 Every matrix and embedding: normal, standard deviation 0.02 by default (the authors' `initializer_range`); biases 0; norms 1.
-Layers that a model names in `zero_initialised()` start at exactly 0 (the energy head's last layer).
+Layers that a model names in `zero_initialised()` start at exactly 0 (the energy head's last layer), those that it names in
+`equal_at_start()` as copies of others.
 """
 
 from __future__ import annotations
@@ -29,3 +30,6 @@ def initialise(module: nn.Module, generator: torch.Generator, std: float = STD) 
                 parameter.normal_(0.0, std, generator=generator)
             else:
                 parameter.fill_(1.0)
+    for part in module.modules():
+        for copy, original in getattr(part, "equal_at_start", list)():
+            copy.copy_(original)

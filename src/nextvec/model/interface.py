@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nextvec.model.backbone import Trunk
 from nextvec.model.cache import KVCache
+from nextvec.model.text_states import States
 
 
 class LanguageModel(Protocol):
@@ -27,19 +28,19 @@ class LanguageModel(Protocol):
         """An empty key/value cache for `rows` sequences of at most `patches` patches."""
         ...
 
-    def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> Tensor:
+    def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> States:
         """(B, P, K) int64 -> (B, P, D); the state at p predicts patch p + 1."""
         ...
 
-    def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
+    def trunk(self, ids_BPK: Tensor) -> tuple[States, Trunk]:
         """States, and the keys and values that branches attend to."""
         ...
 
-    def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
+    def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[States, Trunk]:
         """N branches at once: the states (B, N, D) after trunk patches 0..at[n], earlier patches of branch n, ids[:, n]."""
         ...
 
-    def draw_tokens(self, state_ND: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    def draw_tokens(self, state_ND: States, draws: int, generator: torch.Generator | None) -> Tensor:
         """S independent patches (S, ..., K) int64 for states (..., D), at temperature 1."""
         ...
 

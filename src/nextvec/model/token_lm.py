@@ -5,6 +5,7 @@ Legend: B batch, P positions, D width, V vocabulary, S draws, N any leading dime
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from nextvec.config import TokenLMConfig
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.layers import embedded
+from nextvec.model.recall import Recall, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +37,7 @@ class TokenLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.backbone.width)
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)
+        self.recall = Recall(config.backbone.width, config.recall) if config.recall else None
 
     @property
     def patch_size(self) -> int:
@@ -54,23 +57,45 @@ class TokenLM(nn.Module):
 
     def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> Tensor:
         """Backbone states (B, P, D) of tokens (B, P, 1); the state at p predicts token p + 1."""
-        return self.backbone(self._embedded(ids_BPK), cache)
+        if self.recall is None:
+            return self.backbone(self._embedded(ids_BPK[..., 0]), cache)
+        if cache is None:
+            return self.backbone(self._embedded(ids_BPK[..., 0])) + self.recall.causal(self._unit(ids_BPK[..., 0]))
+        (text_BT, seen_BP), apart = cache.write_text(ids_BPK), cache.apart is not None
+        last = [self._unit(text_BT.gather(1, (seen_BP - back).clamp(min=0))) for back in (1, 2)]
+        pair_BP1D = torch.cat((last[0], last[1] * (seen_BP > 1)[..., None]), dim=-1)[:, :, None]
+        found = self.recall.ask(self.recall.memory(text_BT, self._tokens()), pair_BP1D, seen_BP, apart)
+        return self.backbone(self._embedded(ids_BPK[..., 0]), cache) + found[:, :, 0]
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` tokens."""
-        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype)
+        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype, 0 if self.recall is None else 1)
 
     def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
         """States and what branches attend to (see Backbone.branch)."""
-        return self.backbone.trunk(self._embedded(ids_BPK))
+        state_BPD, trunk = self.backbone.trunk(self._embedded(ids_BPK[..., 0]))
+        if self.recall is None:
+            return state_BPD, trunk
+        return state_BPD + self.recall.causal(self._unit(ids_BPK[..., 0])), replace(trunk, text=ids_BPK)
 
     def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
         """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
-        return self.backbone.branch(self._embedded(ids_BNK), trunk, at_N)
+        state_BND, grown = self.backbone.branch(self._embedded(ids_BNK[..., 0]), trunk, at_N)
+        if self.recall is None:
+            return state_BND, grown
+        assert trunk.text is not None, "this trunk was made without its text"
+        own = (*trunk.own, ids_BNK)
+        found = self.recall.ask_branches(trunk.text[..., 0], torch.cat(own, dim=-1), at_N, self._tokens())
+        return state_BND + found, replace(grown, own=own)
 
-    def _embedded(self, ids_BPK: Tensor) -> Tensor:
-        config = self.config
-        return embedded(self.embedding, ids_BPK[..., 0], config.embedding_norm, config.backbone.norm_eps)
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return embedded(self.embedding, ids, self.config.embedding_norm, self.config.backbone.norm_eps)
+
+    def _unit(self, ids: Tensor) -> Tensor:
+        return embedded(self.embedding, ids, True, self.config.backbone.norm_eps)
+
+    def _tokens(self) -> Tokens:
+        return Tokens(self._unit, self.vocab_size, (self.embedding.weight,))
 
     def logits(self, state_ND: Tensor) -> Tensor:
         """Next-token logits (..., V)."""

@@ -15,6 +15,7 @@ from nextvec.config import CalmConfig, TokenLMConfig
 from nextvec.model.heads import head_class
 from nextvec.model.heads.interface import Sharpen
 from nextvec.model.interface import LanguageModel
+from nextvec.model.text_states import States
 from nextvec.sampling.approximate import centre
 from nextvec.sampling.pools import PlaceDecoder, choose_patch, decode_beginning
 from nextvec.sampling.settings import Abilities, Law
@@ -43,7 +44,7 @@ class HasLatents(Protocol):
     patch_size: int
     has_latents: bool  # false where the head draws tokens itself
 
-    def draw_latents(self, state_ND: Tensor, draws: int, generator: Generators) -> Tensor: ...
+    def draw_latents(self, state_ND: States, draws: int, generator: Generators) -> Tensor: ...
 
 
 @runtime_checkable
@@ -53,7 +54,7 @@ class HasTokenLaws(Protocol):
     by_token: bool
 
     def draw_by_token(
-        self, state_ND: Tensor, generator: Generators, sharpen: Sharpen | None, given: Sequence[int] = ()
+        self, state_ND: States, generator: Generators, sharpen: Sharpen | None, given: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -73,7 +74,7 @@ class Drawn(NamedTuple):
     tokens: Tensor | None = None
 
 
-def draw_patches(model: LanguageModel, state_BD: Tensor, law: Law, generators: Sequence[torch.Generator]) -> Drawn:
+def draw_patches(model: LanguageModel, state_BD: States, law: Law, generators: Sequence[torch.Generator]) -> Drawn:
     """The next patch of every row by `law`, row i from generator i."""
     if isinstance(model, HasLogits):
         logits_BV = model.logits(state_BD)
@@ -95,7 +96,7 @@ def draw_patches(model: LanguageModel, state_BD: Tensor, law: Law, generators: S
 
 
 def _draw_by_token(
-    model: LanguageModel, state_BD: Tensor, law: Law, generators: Sequence[torch.Generator], given: Sequence[int] = ()
+    model: LanguageModel, state_BD: States, law: Law, generators: Sequence[torch.Generator], given: Sequence[int] = ()
 ) -> Drawn:
     laws = cast(HasTokenLaws, model)  # settings were checked for the model
     sharpen = sharpener(law.temperature, law.top_k, law.top_p)
@@ -106,7 +107,7 @@ def _draw_by_token(
 
 
 def complete_patch(
-    model: LanguageModel, state_D: Tensor, law: Law, generator: torch.Generator, rest: Sequence[int]
+    model: LanguageModel, state_D: States, law: Law, generator: torch.Generator, rest: Sequence[int]
 ) -> Drawn | None:
     """The next patch (1, K) of one row, which begins with the rest of its prompt, 1 .. K - 1 tokens; None where that cannot be.
 
@@ -161,7 +162,7 @@ def abilities_of(config: CalmConfig | TokenLMConfig) -> Abilities:
 
 
 def grow_pool(
-    model: LanguageModel, state_D: Tensor, candidates: int, generator: torch.Generator, rest: Sequence[int]
+    model: LanguageModel, state_D: States, candidates: int, generator: torch.Generator, rest: Sequence[int]
 ) -> Grown:
     """As many draws as `complete_patch` needs; `candidates` where nothing is left over."""
     rest_K = torch.tensor(rest, dtype=torch.int64, device=state_D.device)

@@ -23,6 +23,7 @@ from torch import Tensor
 from nextvec.errors import UserError
 from nextvec.model.interface import LanguageModel
 from nextvec.model.packed import pack_linears
+from nextvec.model.text_states import States, join
 from nextvec.sampling.draw import Drawn, abilities, complete_patch, draw_patches
 from nextvec.sampling.settings import Finish, Law, Sampling, check_samples, row_generator
 from nextvec.sampling.tiles import Tiles
@@ -165,7 +166,7 @@ class Engine:
         states = self._read_last() + self._admit()
         if not states:
             return []
-        state_BD = torch.cat(states)
+        state_BD = join(states)
         events: dict[int, Event] = {}
         for slots in self._together():
             rows = [self._rows[slot] for slot in slots]
@@ -178,13 +179,13 @@ class Engine:
         self._release([slot for slot, event in enumerate(ordered) if event.finished is not None])
         return ordered
 
-    def _draw(self, rows: list[_Row], state_BD: Tensor) -> Drawn:
+    def _draw(self, rows: list[_Row], state_BD: States) -> Drawn:
         law, generators = rows[0].settings.law, [row.generator(self._model.device) for row in rows]
         if self._tiles is not None:
             return self._tiles.draw(state_BD, law, generators)
         return draw_patches(self._model, state_BD, law, generators)
 
-    def _complete(self, row: _Row, slot: int, state_1D: Tensor) -> Drawn:
+    def _complete(self, row: _Row, slot: int, state_1D: States) -> Drawn:
         """The patch that begins with the rest of a prompt; where none does, the one after the prompt padded on its left."""
         generator = row.generator(self._model.device)
         drawn = complete_patch(self._model, state_1D[0], row.settings.law, generator, row.given)
@@ -210,9 +211,9 @@ class Engine:
         """Patches that stay when the window slides; there is then room for at least one more."""
         return min(self._capacity - 1, max(1, int(self._capacity * KEPT)))
 
-    def _admit(self) -> list[Tensor]:
+    def _admit(self) -> list[States]:
         """Rows of the queue into free slots, and their states; neighbours with the same prompt share one reading of it."""
-        states: list[Tensor] = []
+        states: list[States] = []
         while self._queue and len(self._rows) < self._slots:
             first, source = self._queue.popleft(), len(self._rows)
             states.append(self._read(first.patches, source))
@@ -223,7 +224,7 @@ class Engine:
                 states.append(states[-1])
         return states
 
-    def _read(self, patches: list[list[int]], slot: int) -> Tensor:
+    def _read(self, patches: list[list[int]], slot: int) -> States:
         """The state (1, D) after patches read into an empty slot."""
         self._cache.clear(slot)
         cache = self._cache.rows(slot, slot + 1)
@@ -231,7 +232,7 @@ class Engine:
             return self._tiles.read_on(patches, cache)[-1:]
         return self._model.states(torch.tensor([patches], device=self._model.device), cache)[:, -1]
 
-    def _read_last(self) -> list[Tensor]:
+    def _read_last(self) -> list[States]:
         """Read the patches drawn in the step before; a row whose slot is full goes on with the end of its text."""
         for slot, row in enumerate(self._rows):
             if len(row.patches) > self._capacity:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nextvec.model.cache import KVCache
 from nextvec.model.interface import LanguageModel
+from nextvec.model.text_states import States, join, vector_of
 from nextvec.sampling.draw import Drawn, HasLatents, HasLogits, draw_patches, has_latents
 from nextvec.sampling.settings import Law
 from nextvec.sampling.temperature import batch_temperature, count_equal
@@ -39,7 +40,7 @@ class Tiles:
             found = _TRIED[model] = _Tried(key, self._try_reading())
         self._tried, self.rows = found, 1 if found.state is None else ROWS
 
-    def read(self, ids_BK: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+    def read(self, ids_BK: Sequence[Sequence[int]], cache: KVCache) -> States:
         """States (B, D) after one more patch of each of B texts, which have the first rows of the cache.
 
         The cache has whole tiles of rows. Those behind the texts hold nothing afterwards.
@@ -50,9 +51,9 @@ class Tiles:
             rows.lengths[len(part) :], rows.apart = 0, (len(part), 1)
             states.append(self._model.states(self._fill(part)[:, None], rows)[: len(part), 0])
             rows.lengths[len(part) :] = 0
-        return torch.cat(states)
+        return join(states)
 
-    def read_on(self, ids_PK: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+    def read_on(self, ids_PK: Sequence[Sequence[int]], cache: KVCache) -> States:
         """States (P, D) after each of P more patches of one text; its cache of one row has room for whole tiles of patches."""
         states = []
         for start in range(0, len(ids_PK), self.rows):
@@ -60,9 +61,9 @@ class Tiles:
             cache.apart = (1, len(part))
             states.append(self._model.states(self._fill(part)[None], cache)[0, : len(part)])
             cache.lengths[0] = held + len(part)
-        return torch.cat(states)
+        return join(states)
 
-    def draw(self, state_BD: Tensor, law: Law, generators: Sequence[torch.Generator]) -> Drawn:
+    def draw(self, state_BD: States, law: Law, generators: Sequence[torch.Generator]) -> Drawn:
         """`draw_patches`, in tiles."""
         size = self._rows_drawn(law)
         parts = [
@@ -71,12 +72,12 @@ class Tiles:
         ]
         return _join(parts)
 
-    def _draw_tile(self, state_BD: Tensor, law: Law, generators: Sequence[torch.Generator], size: int) -> Drawn:
+    def _draw_tile(self, state_BD: States, law: Law, generators: Sequence[torch.Generator], size: int) -> Drawn:
         """Of B rows, at most `size`, which the tile has."""
         rows = len(state_BD)
         spare = [torch.Generator(state_BD.device).manual_seed(0) for _ in range(size - rows)]
         generators = [*generators, *spare]
-        state_RD = torch.cat((state_BD, state_BD[:1].expand(size - rows, -1)))
+        state_RD = join((state_BD, state_BD[:1].expand(size - rows, -1))) if rows < size else state_BD
         if size == 1 or law.single or law.method != "pool":
             drawn = draw_patches(self._model, state_RD, law, generators)
         else:  # how much of a pool need be decoded depends on all its rows: here it is everything
@@ -104,7 +105,7 @@ class Tiles:
         return min(self.rows, 1 << max(1, most).bit_length() - 1)  # an odd number of rows would often fail the trial
 
     @torch.inference_mode()
-    def _try_reading(self) -> Tensor | None:
+    def _try_reading(self) -> States | None:
         """States (R, D) of a text that is read at once; None where a row has other bits in another place of a tile."""
         size, generator = self.rows, torch.Generator().manual_seed(0)
         ids_RK = torch.randint(self._model.vocab_size, (size, self._model.patch_size), generator=generator).tolist()
@@ -112,9 +113,9 @@ class Tiles:
         state_RD = self.read_on(ids_RK, cache.rows(0, 1))
         for order in (list(range(size - 1, -1, -1)), torch.randperm(size, generator=generator).tolist()):
             again = self.new_cache(size, size)
-            again.store.copy_(cache.store[:, :, :1].expand_as(again.store))
-            again.lengths.copy_(torch.tensor(order))
-            if not torch.equal(self.read([ids_RK[place] for place in order], again), state_RD[order]):
+            again.repeat(cache, order)
+            found_RD = self.read([ids_RK[place] for place in order], again)
+            if not torch.equal(vector_of(found_RD), vector_of(state_RD)[order]):
                 return None
         return state_RD
 
@@ -152,7 +153,7 @@ class _Tried:
     rows were tried with, None where tiles are one row."""
 
     key: object
-    state: Tensor | None
+    state: States | None
     rows_of: dict[Law, int] = field(default_factory=dict)
 
 

@@ -23,6 +23,7 @@ from nextvec.model.cross_entropy import linear_cross_entropy
 from nextvec.model.heads.energy import EnergyHead
 from nextvec.model.heads.interface import Metrics
 from nextvec.model.init import initialise
+from nextvec.model.text_states import vector_of, with_vector
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import save_run
 from nextvec.text.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ class CalmTraining(nn.Module):
             scale = self.recipe.auxiliary_weight * auxiliary_scale(progress, self.recipe.auxiliary_until)
             if scale > 0.0:
                 width = self.model.config.backbone.width  # what a head reads besides the state stands behind it
-                auxiliary = self.auxiliary(state_BPD[..., :width].flatten(0, 1), target_BPK.flatten(0, 1))
+                auxiliary = self.auxiliary(vector_of(state_BPD)[..., :width].flatten(0, 1), target_BPK.flatten(0, 1))
                 loss = loss + scale * auxiliary
                 metrics["auxiliary"] = auxiliary.detach()
         return loss, metrics
@@ -194,8 +195,9 @@ class Objective:
         assert isinstance(self.model, Calm)
         ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
         state = self.model.states(ids_BPK[:, :-1])
-        moved = state.flatten(0, 1).roll(state.shape[1] // 2 + 1, 0).view_as(state)
-        loss, _ = self.model.loss(moved, ids_BPK[:, 1:], generator)
+        vector = vector_of(state)
+        moved = vector.flatten(0, 1).roll(vector.shape[1] // 2 + 1, 0).view_as(vector)
+        loss, _ = self.model.loss(with_vector(state, moved), ids_BPK[:, 1:], generator)
         return loss - metrics[self.model.head.objective]
 
     def save(self, path: Path, trained: Mapping[str, Any]) -> None:

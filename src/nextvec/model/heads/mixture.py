@@ -6,8 +6,8 @@ V vocabulary, W = max(1, K - 1) tokens that a place reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
 from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU
+from nextvec.model.recall import Memory, Recall, Tokens
+from nextvec.model.text_states import States, TextStates, vector_of
+
+
+class _Asked(NamedTuple):
+    """Texts (R, T) that places (R, Q) of theirs are about to look tokens up in, and the last two embeddings there."""
+
+    memory: Memory
+    seen: Tensor  # (R, Q)
+    last: tuple[Tensor, Tensor]  # (R * Q, D) each: the token before the last, the last
+    apart: bool
 
 
 class MixtureHead(CodeBook, nn.Module):
@@ -31,6 +42,9 @@ class MixtureHead(CodeBook, nn.Module):
     section 3.3): the last tokens of the patch that the state has read (`context`), then those of this one. A path so short
     learns which token follows which within the first steps of training, for all places at once; e is normalised, because
     otherwise it is 20 times smaller than the slots at the start.
+
+    With `recall` each place also looks up, by the two tokens before it, what followed these two earlier in the text, in the
+    patches that the state has read (recall.py); states are then `TextStates`.
     """
 
     latents: ClassVar[bool] = True
@@ -51,6 +65,7 @@ class MixtureHead(CodeBook, nn.Module):
         self.blocks = nn.ModuleList(ResidualMLP(width, width, eps) for _ in range(config.head.blocks))
         self.norm = RMSNorm(width, eps=eps)
         self.output = nn.Linear(width, config.vocab_size, bias=False)
+        self.recall = Recall(width, config.head.recall) if config.head.recall else None
 
     def zero_initialised(self) -> list[Tensor]:
         """The blocks begin as the identity."""
@@ -60,28 +75,26 @@ class MixtureHead(CodeBook, nn.Module):
         """What the head reads of a patch besides the state, (..., W * D); it stands behind the state (`Calm.states`)."""
         return self._embedded(ids_NK[..., -self.window :]).flatten(-2)
 
-    def loss(self, state_ND: Tensor, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+    def loss(self, state_ND: States, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """Mean cross-entropy in nats per token of the patches `target` (..., K), and the share of tokens it ranks first."""
-        ids_MK = target.flatten(0, -2)
-        hidden_MKD = self._read(state_ND.flatten(0, -2), ids_MK)
-        loss, accuracy = linear_cross_entropy(hidden_MKD.flatten(0, 1), self.output.weight, ids_MK.reshape(-1))
+        hidden_MKD = self._read(state_ND, target.flatten(0, -2))
+        loss, accuracy = linear_cross_entropy(hidden_MKD.flatten(0, 1), self.output.weight, target.reshape(-1))
         return loss, {"cross_entropy": loss.detach(), "accuracy": accuracy.detach()}
 
-    def log_probabilities(self, state_ND: Tensor, ids_NK: Tensor) -> Tensor:
+    def log_probabilities(self, state_ND: States, ids_NK: Tensor) -> Tensor:
         """log p(y | ...) of each place's Gaussian, in nats, (..., K)."""
-        ids_MK = ids_NK.flatten(0, -2)
-        hidden = self._read(state_ND.flatten(0, -2), ids_MK).flatten(0, 1)
+        hidden = self._read(state_ND, ids_NK.flatten(0, -2)).flatten(0, 1)
         rows = max(1, CHUNK_ELEMENTS // self.output.out_features)
         parts = [
             self._logits(part).log_softmax(-1).gather(-1, ids)
-            for part, ids in zip(hidden.split(rows), ids_MK.reshape(-1, 1).split(rows), strict=True)
+            for part, ids in zip(hidden.split(rows), ids_NK.reshape(-1, 1).split(rows), strict=True)
         ]
         return torch.cat(parts).view(ids_NK.shape)
 
     @torch.no_grad()
     def draw(
         self,
-        state_ND: Tensor,
+        state_ND: States,
         draws: int,
         generator: Generators | None,
         sharpen: Sharpen | None = None,
@@ -91,25 +104,41 @@ class MixtureHead(CodeBook, nn.Module):
 
         Gaussians are picked by the sharpened law; their spread stays.
         """
-        state_MD = state_ND.reshape(-1, state_ND.shape[-1]).to(self.output.weight.dtype)
-        dtype = wide(state_MD.dtype)
-        share = noise("uniform", state_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
+        vector_ND = vector_of(state_ND)
+        vector_MD = vector_ND.reshape(-1, vector_ND.shape[-1]).to(self.output.weight.dtype)
+        dtype = wide(vector_MD.dtype)
+        share = noise("uniform", vector_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
         share = share * (1 - torch.finfo(dtype).eps)  # none may round up to the whole law, behind its last token
-        eps = noise("normal", state_ND, draws, self.patch_size * self.codes().mean.shape[1], generator, dtype)
+        eps = noise("normal", vector_ND, draws, self.patch_size * self.codes().mean.shape[1], generator, dtype)
+        chosen, done = [], 0
+        for asked in self._askings(state_ND):
+            end = len(vector_MD) if asked is None else done + asked.seen.numel()
+            chosen.append(self._chosen(vector_MD[done:end], asked, share[:, done:end], sharpen, given))
+            done = end
+        z = self._latents(torch.cat(chosen, dim=1), eps)
+        return z.view(draws, *vector_ND.shape[:-1], -1).to(vector_MD.dtype)
+
+    def _chosen(
+        self, state_MD: Tensor, asked: _Asked | None, share: Tensor, sharpen: Sharpen | None, given: Sequence[int]
+    ) -> Tensor:
+        """Tokens (S, M, K) picked by the shares (S, M, K), place after place."""
         slots, before = self._split(state_MD)
         chosen = [torch.full_like(share[..., 0], token, dtype=torch.int64) for token in given]
+        last: tuple[Tensor, ...] = () if asked is None else asked.last
         if not given:
-            chosen.append(self._picked(self._hidden(slots[:, 0], before.flatten(-2)), share[..., 0].T, sharpen).T)
-        before = before.expand(draws, *before.shape)
+            hidden_MD = self._hidden(self._slot(slots[None, :, 0], before.flatten(-2), asked, last)[0])
+            chosen.append(self._picked(hidden_MD, share[..., 0].T, sharpen).T)
+        before = before.expand(len(share), *before.shape)
         for place in range(1, self.patch_size):
             ids_SM = chosen[place - 1]
-            before = torch.cat((before[..., 1:, :], self._embedded(ids_SM)[..., None, :]), dim=-2)
+            e_SMD = self._embedded(ids_SM)
+            before = torch.cat((before[..., 1:, :], e_SMD[..., None, :]), dim=-2)
+            last = (*last[1:], e_SMD) if last else ()
             if place >= len(given):
-                hidden_SMD = self._hidden(slots[:, place], before.flatten(-2))
+                hidden_SMD = self._hidden(self._slot(slots[:, place], before.flatten(-2), asked, last))
                 picked = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
                 chosen.append(picked.view_as(ids_SM))
-        z = self._latents(torch.stack(chosen, dim=-1), eps)
-        return z.view(draws, *state_ND.shape[:-1], -1).to(state_MD.dtype)
+        return torch.stack(chosen, dim=-1)
 
     def latents_of(self, ids_NK: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
         """S latents of given patches (..., K), each place from its token's Gaussian: (S, ..., L)."""
@@ -129,20 +158,62 @@ class MixtureHead(CodeBook, nn.Module):
         state, context = state_MD.split((self.width, self.window * self.width), dim=-1)
         return self.slots(state).unflatten(-1, (self.patch_size, -1)), context.unflatten(-1, (self.window, -1))
 
-    def _read(self, state_MD: Tensor, ids_MK: Tensor) -> Tensor:
+    def _read(self, state_ND: States, ids_MK: Tensor) -> Tensor:
         """What `output` is multiplied with at every place of whole patches, (M, K, D)."""
-        slots, before = self._split(state_MD)
-        line = torch.cat((before, self._embedded(ids_MK[:, :-1]).to(before.dtype)), dim=1)
+        vector_ND = vector_of(state_ND)
+        slots, before = self._split(vector_ND.flatten(0, -2))
+        own = self._embedded(ids_MK[:, :-1]).to(before.dtype)
+        line = torch.cat((before, own), dim=1)
         windows = torch.stack([line[:, place : place + self.window] for place in range(self.patch_size)], dim=1)
-        return self._hidden(slots, windows.flatten(-2))
+        x = slots + self.before(windows.flatten(-2))
+        answers, done = [], 0
+        for asked in self._askings(state_ND):
+            if asked is not None:
+                end = done + asked.seen.numel()
+                line = torch.cat((torch.stack(asked.last, dim=1), own[done:end]), dim=1)  # (., K + 1, D)
+                pairs = torch.cat((line[:, 1:], line[:, :-1]), dim=-1)
+                answers.append(self._answers(asked, pairs).to(x.dtype))
+                done = end
+        return self._hidden(x + torch.cat(answers) if answers else x)
+
+    def _askings(self, state_ND: States) -> Iterator[_Asked | None]:
+        """Of the states in order, some at a time where there are many texts; one None where nothing is looked up."""
+        if self.recall is None:
+            yield None
+            return
+        assert isinstance(state_ND, TextStates), "a head with recall needs states that hold their text"
+        tokens = Tokens(
+            self._embedded, self.embedding.num_embeddings, (self.embedding.weight, self.embedding_norm.weight)
+        )
+        text_RT, seen_RQ = state_ND.by_text()
+        size = len(text_RT) if torch.is_grad_enabled() else self.recall.texts_at_once(text_RT.shape[1])
+        for text, seen in zip(text_RT.split(size), seen_RQ.split(size), strict=True):
+            last = []
+            for back in (2, 1):
+                e_RQD = self._embedded(text.gather(1, (seen - back).clamp(min=0)))
+                last.append((e_RQD * (seen >= back)[..., None]).flatten(0, 1))
+            yield _Asked(self.recall.memory(text, tokens), seen, (last[0], last[1]), state_ND.apart)
+
+    def _answers(self, asked: _Asked, pair_MSD: Tensor) -> Tensor:
+        """What is found for S pairs (M, S, 2 D) of each state, (M, S, D)."""
+        assert self.recall is not None
+        pair_RQSD = pair_MSD.unflatten(0, tuple(asked.seen.shape))
+        return self.recall.ask(asked.memory, pair_RQSD, asked.seen, asked.apart).flatten(0, 1)
+
+    def _slot(self, slots_MD: Tensor, before: Tensor, asked: _Asked | None, last: tuple[Tensor, ...]) -> Tensor:
+        """What the blocks read at one place of S draws, (S, M, D); `last`: the two embeddings before it, (M, D) or (S, M, D)."""
+        x = slots_MD + self.before(before)
+        if asked is None:
+            return x
+        pair = torch.cat([each.expand(x.shape) for each in reversed(last)], dim=-1)
+        return x + self._answers(asked, pair.transpose(0, 1)).transpose(0, 1)
 
     def _latents(self, ids: Tensor, eps: Tensor) -> Tensor:
         codes = self.codes()
         mean, std = (each[ids].to(eps.dtype).flatten(-2) for each in (codes.mean, codes.std))
         return mean + std * eps.view_as(mean)
 
-    def _hidden(self, slots: Tensor, before: Tensor) -> Tensor:
-        x = slots + self.before(before)
+    def _hidden(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

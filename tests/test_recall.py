@@ -1,0 +1,286 @@
+"""Recall: what it looks up, by plain loops; whole texts, caches, branches and tiles agree; what it makes of a repeated text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, MixtureHeadConfig, TokenLMConfig
+from nextvec.model.calm import Calm
+from nextvec.model.heads.mixture import MixtureHead
+from nextvec.model.init import initialise
+from nextvec.model.recall import DIM, Recall, Tokens
+from nextvec.model.text_states import TextStates, join, vector_of
+from nextvec.model.token_lm import TokenLM
+from nextvec.sampling.engine import Engine
+from nextvec.sampling.settings import Sampling
+
+VOCAB, K, D = 7, 3, 12
+BACKBONE = BackboneConfig(layers=1, width=D, inner=20, heads=2)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    """As in generation and evaluation: keys come from tables."""
+    with torch.no_grad():
+        yield
+
+
+def lively(model: torch.nn.Module, size: float = 0.3) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, size, generator=generator)
+    return model.double().eval().requires_grad_(False)
+
+
+def calm(heads: int = 2, patch_size: int = K) -> Calm:
+    config = CalmConfig(
+        autoencoder=AutoencoderConfig(
+            vocab_size=VOCAB, patch_size=patch_size, width=16, inner=24, latent=patch_size * 4, factored=True
+        ),
+        backbone=BACKBONE,
+        head=MixtureHeadConfig(blocks=1, recall=heads),
+    )
+    model = lively(Calm(config))
+    assert isinstance(model, Calm)
+    return model
+
+
+def token_lm(embedding_norm: bool = True) -> TokenLM:
+    config = TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, embedding_norm=embedding_norm, recall=2)
+    model = lively(TokenLM(config))
+    assert isinstance(model, TokenLM)
+    return model
+
+
+def head_of(model: Calm) -> MixtureHead:
+    assert isinstance(model.head, MixtureHead)
+    return model.head
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def answer(recall: Recall, e: list[Tensor], seen: int) -> Tensor:
+    """By the docstring: asked after the last of the embeddings `e`, of which `seen` can be found."""
+
+    def pair(last: int) -> Tensor:
+        zero = torch.zeros_like(e[0])
+        return torch.cat([e[at] if at >= 0 else zero for at in (last, last - 1)])
+
+    mixed = []
+    for head in range(recall.heads):
+        rows = slice(head * DIM, (head + 1) * DIM)
+        query = recall.query.weight[rows] @ pair(len(e) - 1)
+        scores = torch.stack([query @ (recall.key.weight[rows] @ pair(j - 1)) / DIM**0.5 for j in range(seen)])
+        values = torch.stack([recall.value.weight[rows] @ e[j] for j in range(seen)])
+        mixed.append(scores.softmax(0) @ values)
+    return recall.out.weight @ torch.cat(mixed)
+
+
+def rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean() + 1e-6).sqrt()
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_a_place_finds_what_followed_its_pair_in_the_patches_read(patch_size: int) -> None:
+    model = calm(patch_size=patch_size)
+    head, ids = head_of(model), tokens(2, 5, patch_size)
+    assert head.recall is not None
+    state, target = model.states(ids[:, :-1]), ids[:, 1:]
+    assert isinstance(state, TextStates)
+    found = head.log_probabilities(state, target)
+    embed = [rms(row) * head.embedding_norm.weight for row in head.embedding.weight]
+    for row, patch, place in product(range(2), range(4), range(patch_size)):
+        seen = (patch + 1) * patch_size
+        line = ids[row].flatten().tolist()[: seen + place]
+        bare = state.vector[row, patch, :D]
+        before = torch.cat([embed[y] for y in line[-head.window :]])
+        x = head.slots(bare)[place * D : (place + 1) * D] + head.before.weight @ before
+        x = x + answer(head.recall, [embed[y] for y in line], seen)
+        for block in head.blocks:
+            x = block(x)
+        law = (head.output.weight @ (rms(x) * head.norm.weight)).log_softmax(-1)
+        assert float(found[row, patch, place]) == pytest.approx(float(law[target[row, patch, place]]), abs=1e-9)
+    loss, _ = head.loss(state, target, None)
+    assert float(loss) == pytest.approx(-float(found.mean()), rel=1e-9)
+    with torch.enable_grad():  # keys then come from embeddings, else from tables
+        assert float(head.loss(model.states(ids[:, :-1]), target, None)[0]) == pytest.approx(float(loss), rel=1e-9)
+
+
+@pytest.mark.parametrize("embedding_norm", [True, False])
+def test_a_token_model_finds_what_followed_its_pair_up_to_its_last_token(embedding_norm: bool) -> None:
+    model, ids = token_lm(embedding_norm), tokens(2, 6)
+    assert model.recall is not None
+    found = model.states(ids[..., None])
+    bare = model.backbone(model._embedded(ids))
+    for row, at in product(range(2), range(6)):
+        e = [rms(model.embedding.weight[y]) for y in ids[row, : at + 1].tolist()]
+        torch.testing.assert_close(found[row, at] - bare[row, at], answer(model.recall, e, at + 1), atol=1e-9, rtol=0)
+
+
+def test_draws_have_its_law_in_every_arrangement_of_the_states() -> None:
+    """One state, many of one text, some of several texts, texts side by side; and one by one, as a tile does."""
+    model = calm()
+    head, ids = head_of(model), tokens(3, 4, K)
+    state = model.states(ids)
+    every = torch.tensor(list(product(range(VOCAB), repeat=K)))
+    one = state[1, 2]
+    law = head.log_probabilities(one.expand(len(every), -1), every).sum(-1).exp()
+    assert float(law.sum()) == pytest.approx(1.0)
+    assert model.draw_tokens(one, 5, torch.Generator().manual_seed(0)).shape == (5, K)
+    common = 20_000 * law > 8
+    picked = _picked(model, one, 20_000)  # draws are decoded, here by random weights: these are the tokens themselves
+    counts = torch.bincount((picked * torch.tensor([VOCAB**2, VOCAB, 1])).sum(-1), minlength=VOCAB**K).double()
+    statistic = float(((counts - 20_000 * law).square() / (20_000 * law))[common].sum())
+    freedom = int(common.sum())
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+    def draws(states: TextStates, seeds: list[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return head.draw(states, 4, generators)
+
+    some = state[:, torch.tensor([1, 3])]
+    assert some.by_text()[0].shape == (3, 12)
+    together = head.draw(some, 2, torch.Generator().manual_seed(0))
+    loose = TextStates(some.vector, some.text.clone(), some.seen)
+    assert loose.by_text()[0].shape == (6, 12)
+    torch.testing.assert_close(head.draw(loose, 2, torch.Generator().manual_seed(0)), together)
+    rows = state[:, -1]
+    alone = torch.cat([draws(rows[row : row + 1], [row]) for row in range(3)], dim=1)
+    torch.testing.assert_close(draws(rows, [0, 1, 2]), alone)
+    apart = TextStates(rows.vector, rows.text, rows.seen, apart=True)
+    torch.testing.assert_close(draws(apart, [0, 1, 2]), alone)
+    mixed = join([rows[:1], state[1:2, 0], rows[2:]])
+    torch.testing.assert_close(draws(mixed, [0, 1, 2])[:, [0, 2]], alone[:, [0, 2]])
+
+
+def _picked(model: Calm, state: TextStates, draws: int) -> Tensor:
+    """The tokens picked behind draws of one state."""
+    head = head_of(model)
+    many = state.expand(draws, -1)
+    share = torch.rand(1, draws, K, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parts, done = [], 0
+    for asked in head._askings(many):
+        assert asked is not None
+        end = done + asked.seen.numel()
+        parts.append(head._chosen(many.vector[done:end], asked, share[:, done:end], None, ()))
+        done = end
+    return torch.cat(parts, dim=1)[0]
+
+
+def test_many_texts_are_asked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = calm()
+    head, ids = head_of(model), tokens(5, 3, K)
+    state, target = model.states(ids[:, :-1]), ids[:, 1:]
+    whole = head.log_probabilities(state, target), head.draw(state, 3, torch.Generator().manual_seed(0))
+    assert head.recall is not None
+    monkeypatch.setattr(Recall, "texts_at_once", lambda self, size: 2)
+    assert [asked.seen.shape for asked in head._askings(state) if asked] == [(2, 2), (2, 2), (1, 2)]
+    torch.testing.assert_close(head.log_probabilities(state, target), whole[0])
+    torch.testing.assert_close(head.draw(state, 3, torch.Generator().manual_seed(0)), whole[1])
+
+
+@pytest.mark.parametrize("model", [calm(), calm(patch_size=1), token_lm()], ids=["calm", "patches of one", "token_lm"])
+def test_texts_read_piece_by_piece_side_by_side_are_the_texts_read_whole(model: Calm | TokenLM) -> None:
+    """Rows of different lengths in one cache, one row moved, and single rows of it."""
+    ids = tokens(3, 6, model.patch_size)
+    cache = model.new_cache(4, 6)
+    model.states(ids[:1, :2], cache.rows(0, 1))
+    model.states(ids[1:2, :4], cache.rows(1, 2))
+    model.states(ids[2:, :1], cache.rows(3, 4))
+    cache.copy(3, 2)
+    cache.clear(3)
+    last = torch.stack([ids[0, 2], ids[1, 4], ids[2, 1]])[:, None]
+    state = model.states(last, cache.rows(0, 3))[:, 0]
+    for row, length in enumerate((3, 5, 2)):
+        alone = model.states(ids[row : row + 1, :length])[0, -1]
+        torch.testing.assert_close(vector_of(state)[row], vector_of(alone), rtol=1e-11, atol=1e-11)
+        if isinstance(alone, TextStates):
+            assert int(state.seen[row]) == int(alone.seen) == length * model.patch_size
+            assert torch.equal(state.text[row, : int(alone.seen)], alone.text)
+
+
+def test_fresh_keys_are_the_queries_and_equal_pairs_find_each_other() -> None:
+    recall = Recall(64, 1)
+    initialise(recall, torch.Generator().manual_seed(0), 0.1)
+    assert torch.equal(recall.key.weight, recall.query.weight)
+    table = torch.nn.functional.rms_norm(torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), (64,))
+    text = torch.arange(50).roll(7)[None]
+    memory = recall.memory(text, Tokens(lambda ids: table[ids], 50, (table,)))
+    pairs = torch.cat((table[text[:, 9]], table[text[:, 8]]), dim=-1)[:, None, None]
+    query = recall._split(recall.query(pairs.flatten(1, 2)))
+    weights = (query @ memory.keys.transpose(-1, -2) / DIM**0.5).softmax(-1)[0, 0, 0]
+    assert int(weights.argmax()) == 10
+    assert float(weights[10]) > 0.5
+
+
+def test_its_tables_follow_the_weights() -> None:
+    model = calm()
+    head, ids = head_of(model), tokens(1, 3, K)
+    head.loss(model.states(ids[:, :-1]), ids[:, 1:], None)
+    assert head.recall is not None
+    with torch.no_grad():
+        head.recall.value.weight.mul_(2.0)
+        head.embedding.weight.neg_()
+    tables = head.loss(model.states(ids[:, :-1]), ids[:, 1:], None)[0]
+    with torch.enable_grad():
+        assert float(head.loss(model.states(ids[:, :-1]), ids[:, 1:], None)[0]) == pytest.approx(
+            float(tables), rel=1e-9
+        )
+
+
+@torch.enable_grad()
+def test_a_text_that_repeats_itself_is_learnt_at_once() -> None:
+    """Random tokens, said twice: only what is looked up tells the second half."""
+    torch.manual_seed(0)
+    losses = {}
+    for heads in (0, 1):
+        config = CalmConfig(
+            autoencoder=AutoencoderConfig(vocab_size=32, patch_size=4, width=16, inner=24, latent=16, factored=True),
+            backbone=BackboneConfig(layers=1, width=32, inner=48, heads=2),
+            head=MixtureHeadConfig(recall=heads),
+        )
+        model = Calm(config)
+        initialise(model, torch.Generator().manual_seed(0), 0.14)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(150):
+            once = torch.randint(32, (16, 26), generator=generator)
+            ids = torch.cat((once, once), dim=1).unflatten(1, (-1, 4))  # 26: the second half lies askew in its patches
+            loss, _ = model.loss(model.states(ids[:, :-1]), ids[:, 1:], None)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            second = model.states(ids[:, :-1])[:, 8:], ids[:, 9:]
+            losses[heads] = float(model.loss(*second, None)[0])
+    assert losses[1] < 0.5 < 3.0 < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["calm", "token_lm"])
+def test_texts_in_company_are_texts_alone_to_the_bit_in_the_deterministic_mode(kind: str) -> None:
+    model = (calm() if kind == "calm" else token_lm()).float()
+    prompts = [tokens(length, seed=length).tolist() for length in (4, 9, 14, 3)]
+
+    def texts(rows: list[int]) -> dict[int, list[int]]:
+        engine = Engine(model, eos_id=5, pad_id=6, slots=4, capacity=48, deterministic=True)
+        numbers = {}
+        for row in rows:
+            numbers[engine.add(prompts[row], Sampling(0.8, max_tokens=18, seed=row))[0]] = row
+        found: dict[int, list[int]] = {row: [] for row in rows}
+        while len(engine):
+            for event in engine.step():
+                found[numbers[event.row]] += event.tokens
+        return found
+
+    together = texts([0, 1, 2, 3])
+    for row in range(4):
+        assert texts([row])[row] == together[row]
