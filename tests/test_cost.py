@@ -190,11 +190,12 @@ WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
 FACTORED = TINY.autoencoder.override(latent=12, factored=True)
 CATEGORICAL = TINY.model_copy(update={"autoencoder": FACTORED, "head": CategoricalHeadConfig(blocks=2, steps=4)})
 MIXTURE = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2)})
+RECALL = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2, recall=2)})
 WITH_INPUTS = [TINY.override(input=form) for form in ("latents", "both")]
 
 
 @pytest.mark.parametrize(
-    "config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, CATEGORICAL, MIXTURE, *WITH_INPUTS]
+    "config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, CATEGORICAL, MIXTURE, RECALL, *WITH_INPUTS]
 )
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
@@ -208,10 +209,12 @@ def test_parameters_are_those_of_the_model(config):
     )
 
 
-def test_parameters_are_those_of_the_baseline():
+@pytest.mark.parametrize("recall", [0, 2])
+def test_parameters_are_those_of_the_baseline(recall):
+    config = TINY_TOKENS.override(recall=recall)
     with torch.device("meta"):
-        model = TokenLM(TINY_TOKENS)
-    assert token_lm_cost(TINY_TOKENS).params == sum(p.numel() for p in model.parameters())
+        model = TokenLM(config)
+    assert token_lm_cost(config).params == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -342,6 +345,29 @@ def test_operations_of_the_mixture_head_are_those_that_torch_counts():
         forward = counted(lambda: model.head.loss(state, ids, g))
     assert forward == pytest.approx((training.head + training.vocabulary) / 3 * 7 * K)
     assert training.autoencoder == 0
+
+
+def test_operations_of_recall_are_those_that_torch_counts():
+    """Drawing after seven patches, where keys and values are read from a table, and training, where they are computed."""
+    model, g = Calm(RECALL).eval(), torch.Generator().manual_seed(0)
+    model.head.codes()
+    K, ids = RECALL.patch_size, torch.zeros(1, 8, RECALL.patch_size, dtype=torch.long)
+    with torch.no_grad():
+        state = model.states(ids[:, :-1])
+        model.draw_latents(state[0, -1], 1, g)  # makes the table
+        for candidates in (1, 6):
+            found = calm_cost(RECALL, context=7, candidates=candidates).inference_split
+            drawing = found.vocabulary - candidates * 2 * 50 * RECALL.autoencoder.width  # less what decoding takes
+            whole = counted(lambda n=candidates: model.draw_latents(state[0, -1], n, g))
+            assert whole == pytest.approx((found.head + drawing) * K)
+    training = calm_cost(RECALL, context=7).training_split
+    forward = counted(lambda: model.head.log_probabilities(state, ids[:, 1:]))  # the loss computes gradients on its way
+    assert forward == pytest.approx((training.head + training.vocabulary) / 3 * 7 * K)
+    tokens = TINY_TOKENS.override(recall=2)
+    baseline, found = TokenLM(tokens), token_lm_cost(tokens, context=9)
+    whole = counted(lambda: baseline.logits(baseline.states(torch.zeros(1, 9, 1, dtype=torch.long))))
+    assert whole == pytest.approx(found.training.total / 3 * 9)
+    assert found.inference.total < found.training.total / 3
 
 
 def test_operations_of_the_autoregressive_head_are_those_that_torch_counts():

@@ -120,7 +120,7 @@ def test_training_logs_its_loss_and_writes_a_run(work: Path, name: str) -> None:
     assert trained[-1][OBJECTIVES[head]] < trained[0][OBJECTIVES[head]] + (1.0 if head == "energy" else 0.0)
     assert {OBJECTIVES[head], "conditioning_gap"} <= held_out[-1].keys()
     card = (work / name / "README.md").read_text(encoding="utf-8")
-    assert f"| head | {head}, 1 blocks" in card
+    assert f"| head | {head}, 1 block" in card
     assert (f"draws in {HEADS[head].get('steps')} steps of" in card) is (head in ("flow", "diffusion", "categorical"))
     model = load_run(work / name).model
     assert isinstance(model, Calm)

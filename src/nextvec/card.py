@@ -109,7 +109,8 @@ def _head(config: CalmRun) -> str:
     head = config.model.head
     if isinstance(head, FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig):
         return f"{head.kind}, {head.blocks} blocks; draws in {head.steps} steps of {head.solver}"
-    return f"{head.kind}, {head.blocks} blocks"
+    recall = f", recall of {head.recall} head{'s' * (head.recall > 1)}" if getattr(head, "recall", 0) else ""
+    return f"{head.kind}, {head.blocks} block{'s' * (head.blocks > 1)}{recall}"
 
 
 def _loss(config: CalmRun) -> str:

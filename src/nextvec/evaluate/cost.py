@@ -23,7 +23,13 @@ from nextvec.config import (
     ModelConfig,
     TokenLMConfig,
 )
-from nextvec.evaluate.head_cost import backbone_operations, head_cost, head_parameters
+from nextvec.evaluate.head_cost import (
+    backbone_operations,
+    head_cost,
+    head_parameters,
+    recall_operations,
+    recall_parameters,
+)
 
 PAPER_CONTEXT = 2048  # positions attended: patches for CALM, tokens for the Transformer [P]
 PAPER_DRAWS = 8  # S [P]
@@ -38,7 +44,7 @@ class Parts:
     compressor: float = 0  # K token embeddings, the latent or both -> backbone input
     attention: float = 0  # projections, scores, mixing
     mlp: float = 0
-    head: float = 0  # S draws in training
+    head: float = 0  # S draws in training; of a token model, recall
     autoencoder: float = 0  # without its vocabulary product: decoder at inference, frozen encoder in training
     vocabulary: float = 0  # the product with the (output) embedding
     auxiliary: float = 0  # training only, recipe `fast`
@@ -115,13 +121,16 @@ def cost(config: ModelConfig, name: str | None = None, **settings: Any) -> Cost:
 def token_lm_cost(config: TokenLMConfig, name: str = "Transformer", *, context: int = PAPER_CONTEXT) -> Cost:
     """The token baseline: backbone and the vocabulary product, the input embedding counted in the parameters only.
 
-    `context`: tokens attended. Both columns of the table are equal: there is no head to split.
+    `context`: tokens attended. Both columns of the table are equal: there is no head to split. `recall` counts as one.
     """
     table = config.vocab_size * config.backbone.width
     attention, mlp = backbone_operations(config.backbone, context)
-    forward = Parts(attention=attention, mlp=mlp, vocabulary=2 * table)
-    training = forward.scaled(TRAINED)
-    parameters = _backbone_parameters(config.backbone, embedding=table, vocabulary=table)
+    asked, told = recall_operations(config.recall, config.backbone.width, context)
+    forward = Parts(attention=attention, mlp=mlp, head=asked, vocabulary=2 * table)
+    training = Parts(attention=attention, mlp=mlp, head=asked + told, vocabulary=2 * table).scaled(TRAINED)
+    parameters = _backbone_parameters(
+        config.backbone, embedding=table, vocabulary=table, head=recall_parameters(config.recall, config.backbone.width)
+    )
     return Cost(
         name=name,
         patch_size=1,
@@ -174,7 +183,7 @@ def calm_cost(
         decoder = logits = draws = 0
 
     def inference(split: bool) -> Parts:
-        head = head_cost(config, split)
+        head = head_cost(config, split, context)
         return Parts(
             compressor=compressor,
             attention=attention,
@@ -185,7 +194,7 @@ def calm_cost(
         ).scaled(1 / K)
 
     def training(split: bool) -> Parts:
-        head = head_cost(config, split)
+        head = head_cost(config, split, context)
         return Parts(
             compressor=TRAINED * compressor,
             attention=TRAINED * attention,

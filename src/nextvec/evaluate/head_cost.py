@@ -16,6 +16,7 @@ from nextvec.config import (
     EnergyHeadConfig,
     MixtureHeadConfig,
 )
+from nextvec.model.recall import DIM
 
 WAVES = 256  # numbers in the time embedding of the flow, diffusion and categorical heads
 
@@ -34,8 +35,8 @@ class HeadCost:
     trained_vocabulary_per_draw: float = 0
 
 
-def head_cost(config: CalmConfig, split: bool) -> HeadCost:
-    """Of the head that `config.head` describes."""
+def head_cost(config: CalmConfig, split: bool, context: int) -> HeadCost:
+    """Of the head that `config.head` describes, after `context` patches."""
     head, D, L = config.head, config.backbone.width, config.autoencoder.latent
     square = D * D
     if isinstance(head, EnergyHeadConfig):
@@ -60,11 +61,12 @@ def head_cost(config: CalmConfig, split: bool) -> HeadCost:
         )
     if isinstance(head, MixtureHeadConfig):
         K, logits = config.patch_size, 2 * config.vocab_size * D
-        place = 2 * (max(1, K - 1) * square + 3 * head.blocks * square)
+        asked, told = recall_operations(head.recall, D, context * K)
+        place = 2 * (max(1, K - 1) * square + 3 * head.blocks * square) + asked
         return HeadCost(
             once=2 * K * square + place,
             per_draw=(K - 1) * place,
-            trained_once=2 * K * square + K * place,
+            trained_once=2 * K * square + K * (place + told),
             trained_per_draw=0,
             vocabulary_once=logits,
             vocabulary_per_draw=(K - 1) * logits,
@@ -122,7 +124,13 @@ def head_parameters(config: CalmConfig) -> int:
         return linear + config.vocab_size * D + head.blocks * block + D
     if isinstance(head, MixtureHeadConfig):
         places = config.patch_size * linear + max(1, config.patch_size - 1) * square  # slots, before
-        return places + 2 * config.vocab_size * D + head.blocks * (3 * square + D) + 2 * D
+        return (
+            places
+            + 2 * config.vocab_size * D
+            + head.blocks * (3 * square + D)
+            + 2 * D
+            + recall_parameters(head.recall, D)
+        )
     outputs = _outputs(config)
     ends = (
         L * D + D + WAVES * D + D + 2 * linear + 2 * linear + D * outputs + outputs
@@ -130,6 +138,20 @@ def head_parameters(config: CalmConfig) -> int:
     if isinstance(head, CategoricalHeadConfig):
         ends += D * outputs + outputs + D + config.vocab_size * D  # slots of the state, norm, vocabulary
     return head.blocks * (2 * D + 2 * linear + 3 * linear) + ends
+
+
+def recall_operations(heads: int, width: int, tokens: int) -> tuple[float, float]:
+    """Operations of one token of recall: to ask among so many tokens, and to be found: its key and value.
+
+    At inference the latter are read from a table (`model.recall`).
+    """
+    inner = heads * DIM
+    return 2 * inner * (2 * width + width) + 4 * inner * tokens, 2 * inner * (2 * width + width)
+
+
+def recall_parameters(heads: int, width: int) -> int:
+    """Query and key of two tokens each, value, output."""
+    return 6 * heads * DIM * width
 
 
 def backbone_operations(config: BackboneConfig, context: int) -> tuple[float, float]:

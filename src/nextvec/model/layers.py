@@ -5,6 +5,8 @@ Legend: B batch, P positions (patches, or tokens for the baseline), D width, H h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,8 +29,14 @@ def embedded(table: nn.Embedding, ids: Tensor, norm: bool, eps: float) -> Tensor
 
     Fresh ones are some 20 times smaller than what blocks add to them, and what a token alone says of the next is learnt late.
     """
-    x = table(ids)
-    return F.rms_norm(x, x.shape[-1:], eps=eps) if norm else x
+    return normed_rows(table, ids, lambda x: F.rms_norm(x, x.shape[-1:], eps=eps)) if norm else table(ids)
+
+
+def normed_rows(table: nn.Embedding, ids: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """`norm(table(ids))`, of the table where that has fewer rows than there are ids."""
+    if ids.numel() > table.num_embeddings:
+        return F.embedding(ids, norm(table.weight))
+    return norm(table(ids))
 
 
 class SwiGLU(nn.Module):

@@ -84,7 +84,8 @@ class Recall(nn.Module):
         _, Q, S, _ = pair_RQSD.shape
         query = self._split(self.query(pair_RQSD.flatten(1, 2))).to(memory.keys.dtype)
         if not apart:
-            mixed = _attend(query, memory, seen_RQ.repeat_interleave(S, dim=1))
+            seen = seen_RQ[:1] if seen_RQ.stride(0) == 0 else seen_RQ  # of whole texts: one mask for all
+            mixed = _attend(query, memory, seen.repeat_interleave(S, dim=1))
         else:
             mixed = torch.empty_like(query)
             for row, counts in enumerate(seen_RQ.tolist()):
@@ -145,7 +146,10 @@ def _after(x_RTC: Tensor) -> Tensor:
 
 
 def _attend(query_RHQE: Tensor, memory: Memory, seen_RQ: Tensor) -> Tensor:
-    """Mixed values (R, H, Q, E). On a CPU long runs of queries go in pieces, over no more tokens than they see."""
+    """Mixed values (R, H, Q, E); `seen` of each text, or one row for all.
+
+    On a CPU long runs of queries go in pieces, over no more tokens than they see.
+    """
     size, on_cpu = query_RHQE.shape[2], query_RHQE.device.type == "cpu"
     step = -(-size // QUERY_CHUNKS) if on_cpu and size > 16 * QUERY_CHUNKS else size
     mixed = []

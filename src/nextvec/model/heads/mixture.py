@@ -16,7 +16,7 @@ from nextvec.config import CalmConfig, MixtureHeadConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
-from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU
+from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU, normed_rows
 from nextvec.model.recall import Memory, Recall, Tokens
 from nextvec.model.text_states import States, TextStates, vector_of
 
@@ -151,7 +151,7 @@ class MixtureHead(CodeBook, nn.Module):
         return list(self.blocks)
 
     def _embedded(self, ids: Tensor) -> Tensor:
-        return self.embedding_norm(self.embedding(ids))
+        return normed_rows(self.embedding, ids, self.embedding_norm)
 
     def _split(self, state_MD: Tensor) -> tuple[Tensor, Tensor]:
         """Slots (M, K, D), and embeddings of the tokens before the patch (M, W, D)."""
