@@ -109,7 +109,9 @@ def _head(config: CalmRun) -> str:
     head = config.model.head
     if isinstance(head, FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig):
         return f"{head.kind}, {head.blocks} blocks; draws in {head.steps} steps of {head.solver}"
-    recall = f", recall of {head.recall} head{'s' * (head.recall > 1)}" if getattr(head, "recall", 0) else ""
+    recall = ""
+    if isinstance(head, MixtureHeadConfig) and head.recall:
+        recall = f", recall of {head.recall} head{'s' * (head.recall > 1)}"
     return f"{head.kind}, {head.blocks} block{'s' * (head.blocks > 1)}{recall}"
 
 

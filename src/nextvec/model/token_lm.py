@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class TokenLM(nn.Module):
-    """Embedding -> backbone -> logits; untied input and output embeddings (the paper's 281M count needs both)."""
+    """Embedding -> backbone -> logits; untied input and output embeddings (the paper's 281M count needs both).
+
+    With `recall`, what followed the last two tokens earlier in the text is added to a token's embedding (recall.py).
+    """
 
     def __init__(self, config: TokenLMConfig) -> None:
         super().__init__()
@@ -57,15 +60,13 @@ class TokenLM(nn.Module):
 
     def states(self, ids_BPK: Tensor, cache: KVCache | None = None) -> Tensor:
         """Backbone states (B, P, D) of tokens (B, P, 1); the state at p predicts token p + 1."""
-        if self.recall is None:
-            return self.backbone(self._embedded(ids_BPK[..., 0]), cache)
-        if cache is None:
-            return self.backbone(self._embedded(ids_BPK[..., 0])) + self.recall.causal(self._unit(ids_BPK[..., 0]))
+        if self.recall is None or cache is None:
+            return self.backbone(self._whole(ids_BPK[..., 0]), cache)
         (text_BT, seen_BP), apart = cache.write_text(ids_BPK), cache.apart is not None
         last = [self._unit(text_BT.gather(1, (seen_BP - back).clamp(min=0))) for back in (1, 2)]
         pair_BP1D = torch.cat((last[0], last[1] * (seen_BP > 1)[..., None]), dim=-1)[:, :, None]
         found = self.recall.ask(self.recall.memory(text_BT, self._tokens()), pair_BP1D, seen_BP, apart)
-        return self.backbone(self._embedded(ids_BPK[..., 0]), cache) + found[:, :, 0]
+        return self.backbone(self._embedded(ids_BPK[..., 0]) + found[:, :, 0], cache)
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` tokens."""
@@ -73,20 +74,24 @@ class TokenLM(nn.Module):
 
     def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
         """States and what branches attend to (see Backbone.branch)."""
-        state_BPD, trunk = self.backbone.trunk(self._embedded(ids_BPK[..., 0]))
-        if self.recall is None:
-            return state_BPD, trunk
-        return state_BPD + self.recall.causal(self._unit(ids_BPK[..., 0])), replace(trunk, text=ids_BPK)
+        state_BPD, trunk = self.backbone.trunk(self._whole(ids_BPK[..., 0]))
+        return state_BPD, trunk if self.recall is None else replace(trunk, text=ids_BPK)
 
     def branch(self, ids_BNK: Tensor, trunk: Trunk, at_N: Tensor) -> tuple[Tensor, Trunk]:
         """States (B, N, D) after appending ids[:, n] to trunk positions 0..at[n] and its own branch (see Backbone.branch)."""
-        state_BND, grown = self.backbone.branch(self._embedded(ids_BNK[..., 0]), trunk, at_N)
+        e_BND = self._embedded(ids_BNK[..., 0])
         if self.recall is None:
-            return state_BND, grown
+            return self.backbone.branch(e_BND, trunk, at_N)
         assert trunk.text is not None, "this trunk was made without its text"
         own = (*trunk.own, ids_BNK)
         found = self.recall.ask_branches(trunk.text[..., 0], torch.cat(own, dim=-1), at_N, self._tokens())
-        return state_BND + found, replace(grown, own=own)
+        state_BND, grown = self.backbone.branch(e_BND + found, trunk, at_N)
+        return state_BND, replace(grown, own=own)
+
+    def _whole(self, ids_BT: Tensor) -> Tensor:
+        """What the backbone reads of texts from their beginning, (B, T, D)."""
+        e_BTD = self._embedded(ids_BT)
+        return e_BTD if self.recall is None else e_BTD + self.recall.causal(self._unit(ids_BT))
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return embedded(self.embedding, ids, self.config.embedding_norm, self.config.backbone.norm_eps)
