@@ -14,7 +14,7 @@ from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, Mixtur
 from nextvec.model.calm import Calm
 from nextvec.model.heads.mixture import MixtureHead
 from nextvec.model.init import initialise
-from nextvec.model.recall import DIM, Recall, Tokens
+from nextvec.model.recall import DIM, Recall, Tokens, pair_at
 from nextvec.model.text_states import TextStates, join, vector_of
 from nextvec.model.token_lm import TokenLM
 from nextvec.sampling.engine import Engine
@@ -214,9 +214,10 @@ def test_fresh_keys_are_the_queries_and_equal_pairs_find_each_other() -> None:
     assert torch.equal(recall.key.weight, recall.query.weight)
     table = torch.nn.functional.rms_norm(torch.randn(50, 64, generator=torch.Generator().manual_seed(1)), (64,))
     text = torch.arange(50).roll(7)[None]
-    memory = recall.memory(text, Tokens(lambda ids: table[ids], 50, (table,)))
-    pairs = torch.cat((table[text[:, 9]], table[text[:, 8]]), dim=-1)[:, None, None]
-    query = recall._split(recall.query(pairs.flatten(1, 2)))
+    tokens_of = Tokens(lambda: table, lambda ids: table[ids], (table,))
+    parts = recall.parts(tokens_of, 50)
+    memory = recall.memory(text, parts)
+    query = recall._split(recall._query(pair_at(text, torch.tensor([[10]])), parts))
     weights = (query @ memory.keys.transpose(-1, -2) / DIM**0.5).softmax(-1)[0, 0, 0]
     assert int(weights.argmax()) == 10
     assert float(weights[10]) > 0.5

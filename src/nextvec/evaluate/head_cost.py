@@ -141,12 +141,13 @@ def head_parameters(config: CalmConfig) -> int:
 
 
 def recall_operations(heads: int, width: int, tokens: int) -> tuple[float, float]:
-    """Operations of one token of recall: to ask among so many tokens, and to be found: its key and value.
+    """Operations of one token of recall: to look up among so many tokens, and to make its query, key and value.
 
-    At inference the latter are read from a table (`model.recall`).
+    The latter are read from a table at inference, and counted in training, where a table takes less if it is smaller than
+    the batch (`model.recall`).
     """
     inner = heads * DIM
-    return 2 * inner * (2 * width + width) + 4 * inner * tokens, 2 * inner * (2 * width + width)
+    return 2 * inner * width + 4 * inner * tokens, 2 * inner * (2 * width + 2 * width + width)
 
 
 def recall_parameters(heads: int, width: int) -> int:

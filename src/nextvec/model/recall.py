@@ -8,6 +8,7 @@ Legend: R texts, T tokens of a text, Q queries of a text, D width, H heads, E = 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.model.backbone import attend_branch
+from nextvec.model.layers import rotary_dtype
 from nextvec.model.packed import version
 
 DIM = 64  # E
@@ -30,11 +32,20 @@ class Memory(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Embeddings of unit size: ids (...) -> (..., D); and the parameters that they are made of."""
+    """Embeddings of unit size: of the whole vocabulary (V, D), and ids (...) -> (..., D); and the parameters they are made of."""
 
+    table: Callable[[], Tensor]
     embed: Callable[[Tensor], Tensor]
-    vocab_size: int
     made_of: tuple[Tensor, ...]
+
+
+class Parts(NamedTuple):
+    """ids (...) -> what single tokens bring to queries, as the last and as the one before, (..., H E) each; and to keys,
+    likewise, and values, (..., 3 H E)."""
+
+    last: Callable[[Tensor], Tensor]
+    before: Callable[[Tensor], Tensor]
+    tells: Callable[[Tensor], Tensor]
 
 
 class Recall(nn.Module):
@@ -44,7 +55,8 @@ class Recall(nn.Module):
         answer_i = O [sum_j softmax_j(query_i . key_j / sqrt(E)) V e_j]
 
     with embeddings e of unit size, zero before the text. A = Q at the start: equal pairs then score some 8 and others 0, and
-    find each other from the first step. There are no positions.
+    find each other from the first step. There are no positions. All of it hangs on ids alone, so where a vocabulary is smaller
+    than the texts, or no gradient is wanted, products are with the vocabulary's embeddings, and the rest is looked up.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -54,35 +66,44 @@ class Recall(nn.Module):
         self.key = nn.Linear(2 * width, heads * DIM, bias=False)
         self.value = nn.Linear(width, heads * DIM, bias=False)
         self.out = nn.Linear(heads * DIM, width, bias=False)
-        self._tables: tuple[object, Tensor] | None = None
+        self._kept: tuple[object, tuple[Tensor, ...]] | None = None
 
     def equal_at_start(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters that begin as copies of others: (copy, original)."""
         return [(self.key.weight, self.query.weight)]
 
-    def causal(self, e_RTD: Tensor) -> Tensor:
-        """Answers (R, T, D) for every token of whole texts, each of which sees itself and those before it as values."""
-        pairs = pairs_of(e_RTD)
-        keys, values = self._split(self.key(_after(pairs))), self._split(self.value(e_RTD))
-        mixed = F.scaled_dot_product_attention(self._split(self.query(pairs)), keys, values, is_causal=True)
-        return self._answer(mixed)
+    def parts(self, tokens: Tokens, count: int) -> Parts:
+        """For texts of `count` tokens in all."""
+        if not torch.is_grad_enabled():
+            tables = self._tables(tokens)
+        elif count > len(tokens.made_of[0]):
+            with torch.autocast(self.key.weight.device.type, enabled=False):  # its gradient is a sum over many tokens
+                tables = self._products(tokens.table())
+        else:
+            return Parts(*(partial(_product, tokens.embed, each) for each in self._matrices()))
+        return Parts(*(partial(F.embedding, weight=each) for each in tables))
 
-    def memory(self, ids_RT: Tensor, tokens: Tokens) -> Memory:
-        """Of texts of ids (R, T). Without gradients, from tables of what each token brings to keys and values."""
-        if torch.is_grad_enabled():
-            e_RTD = tokens.embed(ids_RT)
-            return Memory(self._split(self.key(_after(pairs_of(e_RTD)))), self._split(self.value(e_RTD)))
-        last, before, value = F.embedding(ids_RT, self._table(tokens)).chunk(3, dim=-1)
-        return Memory(self._split(_after(last) + _after(_after(before))), self._split(value))
+    def causal(self, ids_RT: Tensor, tokens: Tokens) -> Tensor:
+        """Answers (R, T, D) for every token of whole texts, each of which sees itself and those before it."""
+        parts = self.parts(tokens, ids_RT.numel())
+        memory = self.memory(ids_RT, parts)
+        query = self._split(parts.last(ids_RT) + _after(parts.before(ids_RT))).to(memory.keys.dtype)
+        return self._answer(F.scaled_dot_product_attention(query, *memory, is_causal=True))
 
-    def ask(self, memory: Memory, pair_RQSD: Tensor, seen_RQ: Tensor, apart: bool = False) -> Tensor:
-        """Answers (R, Q, S, D) to S pairs at each of Q places of a text: the last token's embedding and the one's before, 2 D.
+    def memory(self, ids_RT: Tensor, parts: Parts) -> Memory:
+        """Of texts of ids (R, T)."""
+        last, before, value = parts.tells(ids_RT).chunk(3, dim=-1)
+        keys, dtype = _after(last + _after(before)), rotary_dtype(value)
+        return Memory(self._split(keys).to(dtype), self._split(value).to(dtype))
+
+    def ask(self, memory: Memory, pair_RQS2: Tensor, seen_RQ: Tensor, parts: Parts, apart: bool = False) -> Tensor:
+        """Answers (R, Q, S, D) to S pairs of ids at each of Q places of a text: the one before the last, -1 for none, the last.
 
         seen: how many tokens of its text each place may see, at least one. apart: each place by itself, over exactly those, so
         that its bits depend on no other.
         """
-        _, Q, S, _ = pair_RQSD.shape
-        query = self._split(self.query(pair_RQSD.flatten(1, 2))).to(memory.keys.dtype)
+        _, Q, S, _ = pair_RQS2.shape
+        query = self._split(self._query(pair_RQS2, parts).flatten(1, 2)).to(memory.keys.dtype)
         if not apart:
             seen = seen_RQ[:1] if seen_RQ.stride(0) == 0 else seen_RQ  # of whole texts: one mask for all
             mixed = _attend(query, memory, seen.repeat_interleave(S, dim=1))
@@ -93,51 +114,67 @@ class Recall(nn.Module):
                     one = slice(row, row + 1), slice(None), slice(place * S, (place + 1) * S)
                     keys, values = (each[row : row + 1, :, :count] for each in memory)
                     mixed[one] = F.scaled_dot_product_attention(query[one], keys, values)
-        return self._answer(mixed.to(pair_RQSD.dtype)).unflatten(1, (Q, S))
+        return self._answer(mixed).unflatten(1, (Q, S))
 
-    def ask_branches(self, ids_BT: Tensor, own_BNm: Tensor, at_N: Tensor, tokens: Tokens) -> Tensor:
+    def ask_branches(self, ids_BT: Tensor, own_BNm: Tensor, at_N: Tensor, parts: Parts) -> Tensor:
         """Answers (B, N, D) after tokens 0..at[n] of a text and m tokens of each branch's own, all of which it sees."""
-        reached = torch.stack([(at_N - back).clamp(min=0) for back in (1, 0)], dim=-1)  # (N, 2)
-        line = tokens.embed(torch.cat((ids_BT[:, reached], own_BNm), dim=-1))  # (B, N, m + 2, D)
-        line = torch.cat((line[:, :, :1] * (at_N > 0)[:, None, None], line[:, :, 1:]), dim=2)
-        pairs = torch.cat((line[:, :, 1:], line[:, :, :-1]), dim=-1)
+        line_BNm = torch.cat(
+            (pair_at(ids_BT, at_N.expand(len(ids_BT), -1) + 1), own_BNm), dim=-1
+        )  # two of the text, its own
+        last, before, value = parts.tells(line_BNm.clamp(min=0)).chunk(3, dim=-1)
+        key = last[:, :, 1:-1] + before[:, :, :-2] * (line_BNm[:, :, :-2, None] >= 0)
+        own = [
+            (self._split(key[:, :, place]), self._split(value[:, :, place + 2])) for place in range(own_BNm.shape[-1])
+        ]
         memory, hidden_NT = (
-            self.memory(ids_BT, tokens),
+            self.memory(ids_BT, parts),
             torch.arange(ids_BT.shape[1], device=at_N.device) > at_N[:, None],
         )
-        key = [self._split(self.key(pairs[:, :, place])) for place in range(own_BNm.shape[-1])]
-        value = [self._split(self.value(line[:, :, place + 2])) for place in range(own_BNm.shape[-1])]
-        query = self._split(self.query(pairs[:, :, -1]))
-        mixed = attend_branch(query, (memory.keys, memory.values), list(zip(key, value, strict=True)), hidden_NT)
-        return self._answer(mixed)
+        query = self._split(self._query(line_BNm[:, :, -2:], parts))
+        return self._answer(attend_branch(query, (memory.keys, memory.values), own, hidden_NT))
 
     def texts_at_once(self, tokens: int) -> int:
         """Texts of so many tokens that are asked together where no gradient is wanted."""
         return max(1, MOST_KEYS // (tokens * self.heads * DIM))
+
+    def _query(self, pair_N2: Tensor, parts: Parts) -> Tensor:
+        """(..., H E) of pairs of ids (..., 2)."""
+        before, last = pair_N2.unbind(-1)
+        return parts.last(last) + parts.before(before.clamp(min=0)).masked_fill((before < 0)[..., None], 0.0)
 
     def _split(self, x: Tensor) -> Tensor:
         """(R, T, H * E) -> (R, H, T, E)."""
         return x.unflatten(-1, (self.heads, DIM)).transpose(1, 2)
 
     def _answer(self, mixed_RHQE: Tensor) -> Tensor:
-        return self.out(mixed_RHQE.transpose(1, 2).flatten(-2))
+        return self.out(mixed_RHQE.transpose(1, 2).flatten(-2).to(self.out.weight.dtype))
 
-    def _table(self, tokens: Tokens) -> Tensor:
-        """(V, 3 H E): what a token brings to keys as the last and as the one before, and its value; made again after a change."""
-        weights = *tokens.made_of, self.key.weight, self.value.weight
+    def _matrices(self) -> tuple[Tensor, ...]:
+        """From one embedding to its parts of queries, (H E, D) twice, and of keys and values (3 H E, D)."""
+        last, before = self.query.weight.chunk(2, dim=1)
+        return last, before, torch.cat((*self.key.weight.chunk(2, dim=1), self.value.weight))
+
+    def _products(self, e_VD: Tensor) -> tuple[Tensor, ...]:
+        return tuple(F.linear(e_VD, matrix) for matrix in self._matrices())
+
+    def _tables(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        """Parts of all tokens, (V, H E) twice and (V, 3 H E); made again after a change of what they are of."""
+        weights = *tokens.made_of, self.query.weight, self.key.weight, self.value.weight
         state = tuple((version(weight), weight.dtype, weight.device) for weight in weights)
-        if self._tables is None or self._tables[0] != state:
-            with torch.no_grad(), torch.autocast(self.key.weight.device.type, enabled=False):
-                e_VD = tokens.embed(torch.arange(tokens.vocab_size, device=self.key.weight.device))
-                last, before = self.key.weight.chunk(2, dim=1)
-                table = torch.cat([F.linear(e_VD, matrix) for matrix in (last, before, self.value.weight)], dim=-1)
-            self._tables = (state, table)
-        return self._tables[1]
+        if self._kept is None or self._kept[0] != state:
+            with torch.autocast(self.key.weight.device.type, enabled=False):
+                self._kept = (state, self._products(tokens.table()))
+        return self._kept[1]
 
 
-def pairs_of(e_RTD: Tensor) -> Tensor:
-    """Of every token its embedding and the one's before it, (R, T, 2 D)."""
-    return torch.cat((e_RTD, _after(e_RTD)), dim=-1)
+def pair_at(ids_RT: Tensor, seen_RQ: Tensor) -> Tensor:
+    """The last two of the first `seen` ids, (R, Q, 2): the one before the last, -1 for none, and the last."""
+    before, last = (ids_RT.gather(1, (seen_RQ - back).clamp(min=0)) for back in (2, 1))
+    return torch.stack((before.masked_fill(seen_RQ < 2, -1), last), dim=-1)
+
+
+def _product(embed: Callable[[Tensor], Tensor], matrix: Tensor, ids: Tensor) -> Tensor:
+    return F.linear(embed(ids), matrix)
 
 
 def _after(x_RTC: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from nextvec.config import TokenLMConfig
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.layers import embedded
-from nextvec.model.recall import Recall, Tokens
+from nextvec.model.recall import Recall, Tokens, pair_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,9 +63,9 @@ class TokenLM(nn.Module):
         if self.recall is None or cache is None:
             return self.backbone(self._whole(ids_BPK[..., 0]), cache)
         (text_BT, seen_BP), apart = cache.write_text(ids_BPK), cache.apart is not None
-        last = [self._unit(text_BT.gather(1, (seen_BP - back).clamp(min=0))) for back in (1, 2)]
-        pair_BP1D = torch.cat((last[0], last[1] * (seen_BP > 1)[..., None]), dim=-1)[:, :, None]
-        found = self.recall.ask(self.recall.memory(text_BT, self._tokens()), pair_BP1D, seen_BP, apart)
+        parts = self.recall.parts(self._tokens(), text_BT.numel())
+        pair_BP12 = pair_at(text_BT, seen_BP)[:, :, None]
+        found = self.recall.ask(self.recall.memory(text_BT, parts), pair_BP12, seen_BP, parts, apart)
         return self.backbone(self._embedded(ids_BPK[..., 0]) + found[:, :, 0], cache)
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
@@ -84,23 +84,26 @@ class TokenLM(nn.Module):
             return self.backbone.branch(e_BND, trunk, at_N)
         assert trunk.text is not None, "this trunk was made without its text"
         own = (*trunk.own, ids_BNK)
-        found = self.recall.ask_branches(trunk.text[..., 0], torch.cat(own, dim=-1), at_N, self._tokens())
+        parts = self.recall.parts(self._tokens(), trunk.text.numel())
+        found = self.recall.ask_branches(trunk.text[..., 0], torch.cat(own, dim=-1), at_N, parts)
         state_BND, grown = self.backbone.branch(e_BND + found, trunk, at_N)
         return state_BND, replace(grown, own=own)
 
     def _whole(self, ids_BT: Tensor) -> Tensor:
         """What the backbone reads of texts from their beginning, (B, T, D)."""
         e_BTD = self._embedded(ids_BT)
-        return e_BTD if self.recall is None else e_BTD + self.recall.causal(self._unit(ids_BT))
+        return e_BTD if self.recall is None else e_BTD + self.recall.causal(ids_BT, self._tokens())
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return embedded(self.embedding, ids, self.config.embedding_norm, self.config.backbone.norm_eps)
 
-    def _unit(self, ids: Tensor) -> Tensor:
-        return embedded(self.embedding, ids, True, self.config.backbone.norm_eps)
-
     def _tokens(self) -> Tokens:
-        return Tokens(self._unit, self.vocab_size, (self.embedding.weight,))
+        eps, weight = self.config.backbone.norm_eps, self.embedding.weight
+        return Tokens(
+            lambda: F.rms_norm(weight, weight.shape[-1:], eps=eps),
+            lambda ids: embedded(self.embedding, ids, True, eps),
+            (weight,),
+        )
 
     def logits(self, state_ND: Tensor) -> Tensor:
         """Next-token logits (..., V)."""

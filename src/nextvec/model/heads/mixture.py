@@ -17,16 +17,17 @@ from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
 from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU, normed_rows
-from nextvec.model.recall import Memory, Recall, Tokens
+from nextvec.model.recall import Memory, Parts, Recall, Tokens, pair_at
 from nextvec.model.text_states import States, TextStates, vector_of
 
 
 class _Asked(NamedTuple):
-    """Texts (R, T) that places (R, Q) of theirs are about to look tokens up in, and the last two embeddings there."""
+    """Texts (R, T) that places (R, Q) of theirs are about to look tokens up in."""
 
     memory: Memory
+    parts: Parts
     seen: Tensor  # (R, Q)
-    last: tuple[Tensor, Tensor]  # (R * Q, D) each: the token before the last, the last
+    tail: Tensor  # (R * Q, 2), the last two ids that a place has seen
     apart: bool
 
 
@@ -124,18 +125,18 @@ class MixtureHead(CodeBook, nn.Module):
         """Tokens (S, M, K) picked by the shares (S, M, K), place after place."""
         slots, before = self._split(state_MD)
         chosen = [torch.full_like(share[..., 0], token, dtype=torch.int64) for token in given]
-        last: tuple[Tensor, ...] = () if asked is None else asked.last
+        pair_SM2 = None if asked is None else asked.tail[None]
         if not given:
-            hidden_MD = self._hidden(self._slot(slots[None, :, 0], before.flatten(-2), asked, last)[0])
+            hidden_MD = self._hidden(self._slot(slots[None, :, 0], before.flatten(-2), asked, pair_SM2)[0])
             chosen.append(self._picked(hidden_MD, share[..., 0].T, sharpen).T)
         before = before.expand(len(share), *before.shape)
         for place in range(1, self.patch_size):
             ids_SM = chosen[place - 1]
-            e_SMD = self._embedded(ids_SM)
-            before = torch.cat((before[..., 1:, :], e_SMD[..., None, :]), dim=-2)
-            last = (*last[1:], e_SMD) if last else ()
+            before = torch.cat((before[..., 1:, :], self._embedded(ids_SM)[..., None, :]), dim=-2)
+            if pair_SM2 is not None:
+                pair_SM2 = torch.stack((pair_SM2[..., 1].expand_as(ids_SM), ids_SM), dim=-1)
             if place >= len(given):
-                hidden_SMD = self._hidden(self._slot(slots[:, place], before.flatten(-2), asked, last))
+                hidden_SMD = self._hidden(self._slot(slots[:, place], before.flatten(-2), asked, pair_SM2))
                 picked = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
                 chosen.append(picked.view_as(ids_SM))
         return torch.stack(chosen, dim=-1)
@@ -170,9 +171,8 @@ class MixtureHead(CodeBook, nn.Module):
         for asked in self._askings(state_ND):
             if asked is not None:
                 end = done + asked.seen.numel()
-                line = torch.cat((torch.stack(asked.last, dim=1), own[done:end]), dim=1)  # (., K + 1, D)
-                pairs = torch.cat((line[:, 1:], line[:, :-1]), dim=-1)
-                answers.append(self._answers(asked, pairs).to(x.dtype))
+                ids = torch.cat((asked.tail, ids_MK[done:end, :-1]), dim=1)  # (., K + 1)
+                answers.append(self._answers(asked, ids.unfold(1, 2, 1)).to(x.dtype))
                 done = end
         return self._hidden(x + torch.cat(answers) if answers else x)
 
@@ -182,31 +182,27 @@ class MixtureHead(CodeBook, nn.Module):
             yield None
             return
         assert isinstance(state_ND, TextStates), "a head with recall needs states that hold their text"
-        tokens = Tokens(
-            self._embedded, self.embedding.num_embeddings, (self.embedding.weight, self.embedding_norm.weight)
-        )
+        table, norm = self.embedding.weight, self.embedding_norm
+        tokens = Tokens(lambda: norm(table), self._embedded, (table, norm.weight))
         text_RT, seen_RQ = state_ND.by_text()
+        parts = self.recall.parts(tokens, text_RT.numel())
         size = len(text_RT) if torch.is_grad_enabled() else self.recall.texts_at_once(text_RT.shape[1])
         for text, seen in zip(text_RT.split(size), seen_RQ.split(size), strict=True):
-            last = []
-            for back in (2, 1):
-                e_RQD = self._embedded(text.gather(1, (seen - back).clamp(min=0)))
-                last.append((e_RQD * (seen >= back)[..., None]).flatten(0, 1))
-            yield _Asked(self.recall.memory(text, tokens), seen, (last[0], last[1]), state_ND.apart)
+            tail = pair_at(text, seen).flatten(0, 1)
+            yield _Asked(self.recall.memory(text, parts), parts, seen, tail, state_ND.apart)
 
-    def _answers(self, asked: _Asked, pair_MSD: Tensor) -> Tensor:
-        """What is found for S pairs (M, S, 2 D) of each state, (M, S, D)."""
+    def _answers(self, asked: _Asked, pair_MS2: Tensor) -> Tensor:
+        """What is found for S pairs of ids (M, S, 2) of each state, (M, S, D)."""
         assert self.recall is not None
-        pair_RQSD = pair_MSD.unflatten(0, tuple(asked.seen.shape))
-        return self.recall.ask(asked.memory, pair_RQSD, asked.seen, asked.apart).flatten(0, 1)
+        pair_RQS2 = pair_MS2.unflatten(0, tuple(asked.seen.shape))
+        return self.recall.ask(asked.memory, pair_RQS2, asked.seen, asked.parts, asked.apart).flatten(0, 1)
 
-    def _slot(self, slots_MD: Tensor, before: Tensor, asked: _Asked | None, last: tuple[Tensor, ...]) -> Tensor:
-        """What the blocks read at one place of S draws, (S, M, D); `last`: the two embeddings before it, (M, D) or (S, M, D)."""
+    def _slot(self, slots_MD: Tensor, before: Tensor, asked: _Asked | None, pair_SM2: Tensor | None) -> Tensor:
+        """What the blocks read at one place of S draws, (S, M, D)."""
         x = slots_MD + self.before(before)
-        if asked is None:
+        if asked is None or pair_SM2 is None:
             return x
-        pair = torch.cat([each.expand(x.shape) for each in reversed(last)], dim=-1)
-        return x + self._answers(asked, pair.transpose(0, 1)).transpose(0, 1)
+        return x + self._answers(asked, pair_SM2.transpose(0, 1)).transpose(0, 1)
 
     def _latents(self, ids: Tensor, eps: Tensor) -> Tensor:
         codes = self.codes()
