@@ -40,8 +40,8 @@ class Tokens(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """ids (...) -> what single tokens bring to queries, as the last and as the one before, (..., H E) each; and to keys,
-    likewise, and values, (..., 3 H E)."""
+    """ids (...) -> what single tokens bring to queries, as the last and as the one before (0 for the id -1), (..., H E) each;
+    and to keys, likewise, and values, (..., 3 H E)."""
 
     last: Callable[[Tensor], Tensor]
     before: Callable[[Tensor], Tensor]
@@ -75,13 +75,17 @@ class Recall(nn.Module):
     def parts(self, tokens: Tokens, count: int) -> Parts:
         """For texts of `count` tokens in all."""
         if not torch.is_grad_enabled():
-            tables = self._tables(tokens)
-        elif count > len(tokens.made_of[0]):
+            last_VF, before_VF, tells_VF = self._tables(tokens)
+            return Parts(
+                partial(F.embedding, weight=last_VF), before_VF.__getitem__, partial(F.embedding, weight=tells_VF)
+            )
+        if count > len(tokens.made_of[0]):
             with torch.autocast(self.key.weight.device.type, enabled=False):  # its gradient is a sum over many tokens
-                tables = self._products(tokens.table())
+                looked_up = [partial(F.embedding, weight=each) for each in self._products(tokens.table())]
         else:
-            return Parts(*(partial(_product, tokens.embed, each) for each in self._matrices()))
-        return Parts(*(partial(F.embedding, weight=each) for each in tables))
+            looked_up = [partial(_product, tokens.embed, each) for each in self._matrices()]
+        last, before, tells = looked_up
+        return Parts(last, lambda ids: before(ids.clamp(min=0)).masked_fill((ids < 0)[..., None], 0.0), tells)
 
     def causal(self, ids_RT: Tensor, tokens: Tokens) -> Tensor:
         """Answers (R, T, D) for every token of whole texts, each of which sees itself and those before it."""
@@ -104,7 +108,9 @@ class Recall(nn.Module):
         """
         _, Q, S, _ = pair_RQS2.shape
         query = self._split(self._query(pair_RQS2, parts).flatten(1, 2)).to(memory.keys.dtype)
-        if not apart:
+        if not apart and _sees_all(seen_RQ, memory):
+            mixed = F.scaled_dot_product_attention(query, *memory)
+        elif not apart:
             seen = seen_RQ[:1] if seen_RQ.stride(0) == 0 else seen_RQ  # of whole texts: one mask for all
             mixed = _attend(query, memory, seen.repeat_interleave(S, dim=1))
         else:
@@ -140,7 +146,7 @@ class Recall(nn.Module):
     def _query(self, pair_N2: Tensor, parts: Parts) -> Tensor:
         """(..., H E) of pairs of ids (..., 2)."""
         before, last = pair_N2.unbind(-1)
-        return parts.last(last) + parts.before(before.clamp(min=0)).masked_fill((before < 0)[..., None], 0.0)
+        return parts.last(last) + parts.before(before)
 
     def _split(self, x: Tensor) -> Tensor:
         """(R, T, H * E) -> (R, H, T, E)."""
@@ -155,15 +161,17 @@ class Recall(nn.Module):
         return last, before, torch.cat((*self.key.weight.chunk(2, dim=1), self.value.weight))
 
     def _products(self, e_VD: Tensor) -> tuple[Tensor, ...]:
+        """Parts of all tokens, (V, H E) twice and (V, 3 H E)."""
         return tuple(F.linear(e_VD, matrix) for matrix in self._matrices())
 
     def _tables(self, tokens: Tokens) -> tuple[Tensor, ...]:
-        """Parts of all tokens, (V, H E) twice and (V, 3 H E); made again after a change of what they are of."""
+        """Parts of all tokens, as `_products`, the second with a row of 0 for the id -1; made again after a change of weights."""
         weights = *tokens.made_of, self.query.weight, self.key.weight, self.value.weight
         state = tuple((version(weight), weight.dtype, weight.device) for weight in weights)
         if self._kept is None or self._kept[0] != state:
             with torch.autocast(self.key.weight.device.type, enabled=False):
-                self._kept = (state, self._products(tokens.table()))
+                last, before, tells = self._products(tokens.table())
+                self._kept = (state, (last, F.pad(before, (0, 0, 0, 1)), tells))
         return self._kept[1]
 
 
@@ -180,6 +188,11 @@ def _product(embed: Callable[[Tensor], Tensor], matrix: Tensor, ids: Tensor) -> 
 def _after(x_RTC: Tensor) -> Tensor:
     """Moved by one token, zero at the first."""
     return F.pad(x_RTC[:, :-1], (0, 0, 1, 0))
+
+
+def _sees_all(seen_RQ: Tensor, memory: Memory) -> bool:
+    """Whether every place sees all there is, as where single texts go on. Asked on a CPU alone, where that costs no wait."""
+    return seen_RQ.device.type == "cpu" and int(seen_RQ.min()) >= memory.keys.shape[2]
 
 
 def _attend(query_RHQE: Tensor, memory: Memory, seen_RQ: Tensor) -> Tensor:
