@@ -153,6 +153,7 @@ def part_of(model: Calm | TokenLM, cache: KVCache, patches: int, more: int) -> K
     """The first patches of a cache, copied, with room for more."""
     part = model.new_cache(1, patches + more)
     part.store[..., :patches, :] = cache.store[..., :patches, :]
+    part.text[:, :patches] = cache.text[:, :patches]
     part.lengths[:] = patches
     return part
 

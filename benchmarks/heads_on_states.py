@@ -24,6 +24,7 @@ from nextvec.evaluate.documents import read_documents
 from nextvec.hardware import has_bf16
 from nextvec.model.calm import Calm
 from nextvec.model.init import initialise
+from nextvec.model.text_states import vector_of
 from nextvec.rundir import load_autoencoder, load_run
 from nextvec.scoring.brier import BrierResult
 from nextvec.text.batches import Batches
@@ -73,7 +74,7 @@ def states(model: Calm, shards: TokenShards, batches: int) -> tuple[Tensor, Tens
     with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
         for step in range(batches):
             ids = text.batch(step).unflatten(1, (-1, size))
-            found.append((model.states(ids[:, :-1]).bfloat16().flatten(0, 1), ids[:, 1:].flatten(0, 1)))
+            found.append((vector_of(model.states(ids[:, :-1])).bfloat16().flatten(0, 1), ids[:, 1:].flatten(0, 1)))
     return torch.cat([state for state, _ in found]), torch.cat([ids for _, ids in found])
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from nextvec.errors import ConfigError, DataError
 from nextvec.model.calm import Calm
 from nextvec.model.heads.mixture import MixtureHead
+from nextvec.model.text_states import vector_of, with_vector
 from nextvec.model.token_lm import TokenLM
 from nextvec.rundir import load_run
 from nextvec.text.shards import TokenShards
@@ -41,13 +42,14 @@ def of_calm(model: Calm, ids_NT: Tensor) -> dict[str, list[float]]:
         raise ConfigError("the loss by place is that of a mixture head: give the run of one")
     ids_NPK = ids_NT.unflatten(1, (-1, model.patch_size))
     state_NPD = model.states(ids_NPK[:, :-1])
-    own, context = state_NPD.split((head.width, state_NPD.shape[-1] - head.width), dim=-1)
+    vector = vector_of(state_NPD)
+    own, context = vector.split((head.width, vector.shape[-1] - head.width), dim=-1)
     states = {"as it is": own, "mean state": own.mean((0, 1), keepdim=True).expand_as(own)}
     if len(ids_NT) > 1:
         states["state of another document"] = own.roll(1, 0)
     found = {}
     for name, state in states.items():
-        log = head.log_probabilities(torch.cat((state, context), dim=-1), ids_NPK[:, 1:])
+        log = head.log_probabilities(with_vector(state_NPD, torch.cat((state, context), dim=-1)), ids_NPK[:, 1:])
         found[name] = (-log.mean((0, 1))).tolist()
     return found
 

@@ -65,6 +65,9 @@ RUNS: dict[str, RunConfig] = {
     "token_lm": TokenLMRun(
         data=DATA, model=TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, embedding_norm=True), optim=ADAMW
     ),
+    "token_lm with recall": TokenLMRun(
+        data=DATA, model=TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, recall=2), optim=ADAMW
+    ),
 }
 
 

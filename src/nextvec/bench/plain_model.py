@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
 from nextvec.errors import ConfigError
+from nextvec.model.recall import DIM
 
 LAYER_NORM_EPS = 1e-6
 
@@ -256,10 +257,34 @@ class TokenLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.backbone.width)
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)
+        self.recall = Recall(config.backbone.width, config.recall) if config.recall else None
         self.config = config
 
     def states(self, ids_BT: Tensor) -> Tensor:
         x = self.embedding(ids_BT)
+        unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.backbone.norm_eps)
         if self.config.embedding_norm:
-            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.backbone.norm_eps)
-        return self.backbone(x)
+            x = unit
+        return self.backbone(x if self.recall is None else x + self.recall(unit))
+
+
+class Recall(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(2 * width, heads * DIM, bias=False)
+        self.key = nn.Linear(2 * width, heads * DIM, bias=False)
+        self.value = nn.Linear(width, heads * DIM, bias=False)
+        self.out = nn.Linear(heads * DIM, width, bias=False)
+
+    def forward(self, e_BTD: Tensor) -> Tensor:
+        padded = F.pad(e_BTD, (0, 0, 2, 0))
+        pairs = torch.cat((padded[:, 1:], padded[:, :-1]), dim=-1)  # pair t: the tokens before t
+        query, key, value = (
+            x.unflatten(-1, (self.heads, DIM)).transpose(1, 2)
+            for x in (self.query(pairs[:, 1:]), self.key(pairs[:, :-1]), self.value(e_BTD))
+        )
+        scores = query @ key.transpose(-1, -2) * DIM**-0.5
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        return self.out((weights @ value).transpose(1, 2).flatten(-2))
