@@ -183,6 +183,7 @@ HEADS = [
     DiffusionHeadConfig(blocks=2, steps=5),
     DiffusionHeadConfig(blocks=2, solver="dpm++", steps=4),
 ]
+MULTI_RECALL = TINY.model_copy(update={"head": AutoregressiveHeadConfig(blocks=2, recall=1)})
 AUTOREGRESSIVE = TINY.model_copy(update={"head": AutoregressiveHeadConfig(blocks=2)})
 WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
 
@@ -195,7 +196,8 @@ WITH_INPUTS = [TINY.override(input=form) for form in ("latents", "both")]
 
 
 @pytest.mark.parametrize(
-    "config", [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, CATEGORICAL, MIXTURE, RECALL, *WITH_INPUTS]
+    "config",
+    [TINY, preset("calm-m"), *WITH_HEADS, AUTOREGRESSIVE, CATEGORICAL, MIXTURE, RECALL, MULTI_RECALL, *WITH_INPUTS],
 )
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
@@ -362,6 +364,10 @@ def test_operations_of_recall_are_those_that_torch_counts():
             assert whole == pytest.approx((found.head + drawing) * K)
     training = calm_cost(RECALL, context=7).training_split
     forward = counted(lambda: model.head.log_probabilities(state, ids[:, 1:]))  # the loss computes gradients on its way
+    assert forward == pytest.approx((training.head + training.vocabulary) / 3 * 7 * K)
+    model = Calm(MULTI_RECALL).eval()
+    state, training = model.states(ids[:, :-1]), calm_cost(MULTI_RECALL, context=7).training_split
+    forward = counted(lambda: model.head.log_probabilities(state, ids[:, 1:]))
     assert forward == pytest.approx((training.head + training.vocabulary) / 3 * 7 * K)
     tokens = TINY_TOKENS.override(recall=2)
     baseline, found = TokenLM(tokens), token_lm_cost(tokens, context=9)

@@ -44,10 +44,11 @@ def calm(form: str = "tokens") -> Calm:
     return model
 
 
-def mixture(recall: int = 0) -> Calm:
-    """Its head reads tokens of the patch besides the state."""
+def mixture(recall: int = 0, multi_token: bool = False) -> Calm:
+    """Its head reads tokens of the patch besides the state; the multi-token one does with recall alone."""
     factored = AUTOENCODER.override(factored=True)
-    model = lively(Calm(CalmConfig(autoencoder=factored, backbone=BACKBONE, head=MixtureHeadConfig(recall=recall))))
+    head = AutoregressiveHeadConfig(recall=recall) if multi_token else MixtureHeadConfig(recall=recall)
+    model = lively(Calm(CalmConfig(autoencoder=factored, backbone=BACKBONE, head=head)))
     assert isinstance(model, Calm)
     return model
 
@@ -69,6 +70,7 @@ MODELS = {
     "calm of both": calm("both"),
     "calm of a mixture": mixture(),
     "calm with recall": mixture(recall=2),
+    "multi-token with recall": mixture(recall=2, multi_token=True),
     "token_lm": token_lm(),
     "token_lm of equal embeddings": token_lm(embedding_norm=True),
     "token_lm with recall": token_lm(recall=2),

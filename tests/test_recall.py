@@ -10,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, MixtureHeadConfig, TokenLMConfig
+from nextvec.config import (
+    AutoencoderConfig,
+    AutoregressiveHeadConfig,
+    BackboneConfig,
+    CalmConfig,
+    MixtureHeadConfig,
+    TokenLMConfig,
+)
 from nextvec.model.calm import Calm
+from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.heads.mixture import MixtureHead
 from nextvec.model.init import initialise
 from nextvec.model.recall import DIM, Recall, Tokens, pair_at
@@ -21,6 +29,7 @@ from nextvec.sampling.engine import Engine
 from nextvec.sampling.settings import Sampling
 
 VOCAB, K, D = 7, 3, 12
+HEADS = {"mixture": MixtureHeadConfig, "autoregressive": AutoregressiveHeadConfig}
 BACKBONE = BackboneConfig(layers=1, width=D, inner=20, heads=2)
 
 
@@ -39,13 +48,13 @@ def lively(model: torch.nn.Module, size: float = 0.3) -> torch.nn.Module:
     return model.double().eval().requires_grad_(False)
 
 
-def calm(heads: int = 2, patch_size: int = K) -> Calm:
+def calm(heads: int = 2, patch_size: int = K, kind: str = "mixture") -> Calm:
     config = CalmConfig(
         autoencoder=AutoencoderConfig(
             vocab_size=VOCAB, patch_size=patch_size, width=16, inner=24, latent=patch_size * 4, factored=True
         ),
         backbone=BACKBONE,
-        head=MixtureHeadConfig(blocks=1, recall=heads),
+        head=HEADS[kind](blocks=1, recall=heads),
     )
     model = lively(Calm(config))
     assert isinstance(model, Calm)
@@ -167,28 +176,60 @@ def _picked(model: Calm, state: TextStates, draws: int) -> Tensor:
     head = head_of(model)
     many = state.expand(draws, -1)
     share = torch.rand(1, draws, K, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    parts, done = [], 0
-    for asked in head._askings(many):
-        assert asked is not None
-        end = done + asked.seen.numel()
-        parts.append(head._chosen(many.vector[done:end], asked, share[:, done:end], None, ()))
-        done = end
+    parts = []
+    for states, asking in head.askings(many):
+        parts.append(head._chosen(many.vector[states], asking, share[:, states], None, ()))
     return torch.cat(parts, dim=1)[0]
+
+
+def test_the_multi_token_head_finds_it_too_and_draws_by_that_law() -> None:
+    model = calm(kind="autoregressive")
+    head, ids = model.head, tokens(3, 4, K)
+    assert isinstance(head, AutoregressiveHead)
+    assert head.recall is not None
+    state = model.states(ids)
+    read, embed = [], [rms(row) for row in head.embedding.weight]
+    line = ids[1, :3].flatten().tolist() + ids[1, 3].tolist()
+    for place in range(K):
+        own = head.embedding.weight[line[9 + place - 1]] if place else head.state_in(state.vector[1, 2])
+        read.append(own + answer(head.recall, [embed[y] for y in line[: 9 + place]], 9))
+    expected = (head.decoder(torch.stack(read)[None])[0] @ head.embedding.weight.T).log_softmax(-1)
+    found = head.log_probabilities(state[1, 2:3], ids[1, 3:])[0]
+    torch.testing.assert_close(found, expected.gather(-1, ids[1, 3][:, None])[:, 0])
+
+    every = torch.tensor(list(product(range(VOCAB), repeat=K)))
+    one = state[1, 2]
+    law = head.log_probabilities(one.expand(len(every), -1), every).sum(-1).exp()
+    assert float(law.sum()) == pytest.approx(1.0)
+    drawn = model.draw_tokens(one, 20_000, torch.Generator().manual_seed(0))
+    counts = torch.bincount((drawn * torch.tensor([VOCAB**2, VOCAB, 1])).sum(-1), minlength=VOCAB**K).double()
+    common = 20_000 * law > 8
+    statistic = float(((counts - 20_000 * law).square() / (20_000 * law))[common].sum())
+    assert statistic < int(common.sum()) + 5 * math.sqrt(2 * int(common.sum()))
 
 
 def test_many_texts_are_asked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     model = calm()
     head, ids = head_of(model), tokens(5, 3, K)
     state, target = model.states(ids[:, :-1]), ids[:, 1:]
+    generators = [torch.Generator().manual_seed(row) for row in range(10)]
+    multi, states = calm(kind="autoregressive").head, state.flatten(0, 1)
+    several = TextStates(states.vector[:, :D], states.text, states.seen)
+    together = multi.draw(several, 3, generators)
     whole = head.log_probabilities(state, target), head.draw(state, 3, torch.Generator().manual_seed(0))
     assert head.recall is not None
     monkeypatch.setattr(Recall, "texts_at_once", lambda self, size: 2)
-    assert [asked.seen.shape for asked in head._askings(state) if asked] == [(2, 2), (2, 2), (1, 2)]
+    assert [asking.seen.shape for _, asking in head.askings(state) if asking] == [(2, 2), (2, 2), (1, 2)]
     torch.testing.assert_close(head.log_probabilities(state, target), whole[0])
     torch.testing.assert_close(head.draw(state, 3, torch.Generator().manual_seed(0)), whole[1])
+    assert torch.equal(multi.draw(several, 3, [torch.Generator().manual_seed(row) for row in range(10)]), together)
 
 
-@pytest.mark.parametrize("model", [calm(), calm(patch_size=1), token_lm()], ids=["calm", "patches of one", "token_lm"])
+@pytest.mark.parametrize(
+    "model",
+    [calm(), calm(patch_size=1), calm(kind="autoregressive"), token_lm()],
+    ids=["calm", "patches of one", "multi-token", "token_lm"],
+)
 def test_texts_read_piece_by_piece_side_by_side_are_the_texts_read_whole(model: Calm | TokenLM) -> None:
     """Rows of different lengths in one cache, one row moved, and single rows of it."""
     ids = tokens(3, 6, model.patch_size)
@@ -266,9 +307,9 @@ def test_a_text_that_repeats_itself_is_learnt_at_once() -> None:
     assert losses[1] < 0.5 < 3.0 < losses[0]
 
 
-@pytest.mark.parametrize("kind", ["calm", "token_lm"])
+@pytest.mark.parametrize("kind", ["mixture", "autoregressive", "token_lm"])
 def test_texts_in_company_are_texts_alone_to_the_bit_in_the_deterministic_mode(kind: str) -> None:
-    model = (calm() if kind == "calm" else token_lm()).float()
+    model = (token_lm() if kind == "token_lm" else calm(kind=kind)).float()
     prompts = [tokens(length, seed=length).tolist() for length in (4, 9, 14, 3)]
 
     def texts(rows: list[int]) -> dict[int, list[int]]:

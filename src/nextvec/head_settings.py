@@ -101,6 +101,9 @@ class AutoregressiveHeadConfig(Config):
     kind: Literal["autoregressive"] = "autoregressive"
     blocks: Positive = 1  # Transformer blocks of the backbone's width, inner width and heads
     embedding_norm: bool = False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe.md)
+    recall: Count = (
+        0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
+    )
 
 
 HeadKind: TypeAlias = (

@@ -49,11 +49,12 @@ def head_cost(config: CalmConfig, split: bool, context: int) -> HeadCost:
         return HeadCost(2 * once, 2 * per_draw, 2 * once, 2 * per_draw)
     if isinstance(head, AutoregressiveHeadConfig):
         attention, mlp = backbone_operations(config.backbone.override(layers=head.blocks), config.patch_size)
-        block, logits, more = attention + mlp, 2 * config.vocab_size * D, config.patch_size - 1
+        asked, told = recall_operations(head.recall, D, context * config.patch_size)
+        block, logits, more = attention + mlp + asked, 2 * config.vocab_size * D, config.patch_size - 1
         return HeadCost(
             once=2 * square + block,
             per_draw=more * block,
-            trained_once=2 * square + config.patch_size * block,
+            trained_once=2 * square + config.patch_size * (block + told),
             trained_per_draw=0,
             vocabulary_once=logits,
             vocabulary_per_draw=more * logits,
@@ -121,7 +122,7 @@ def head_parameters(config: CalmConfig) -> int:
     if isinstance(head, AutoregressiveHeadConfig):
         kv = config.backbone.key_value_heads * config.backbone.head_dim
         block = 2 * square + 2 * D * kv + 3 * D * config.backbone.inner + 2 * D
-        return linear + config.vocab_size * D + head.blocks * block + D
+        return linear + config.vocab_size * D + head.blocks * block + D + recall_parameters(head.recall, D)
     if isinstance(head, MixtureHeadConfig):
         places = config.patch_size * linear + max(1, config.patch_size - 1) * square  # slots, before
         return (

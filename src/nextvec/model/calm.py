@@ -24,7 +24,7 @@ from nextvec.model.cache import KVCache
 from nextvec.model.heads import build_head
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Head, Metrics, ReadsContext, Sharpen
-from nextvec.model.heads.mixture import MixtureHead
+from nextvec.model.heads.recalling import Recalls
 from nextvec.model.text_states import States, TextStates
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Calm(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.head = build_head(config)
         self._reads_context = isinstance(self.head, ReadsContext)  # asked once: a protocol takes 10 us to ask
-        self._recalls = isinstance(self.head, MixtureHead) and self.head.recall is not None
+        self._recalls = isinstance(self.head, Recalls) and self.head.recall is not None
         self.autoencoder = autoencoder if autoencoder is not None else Autoencoder(config.autoencoder)
         if self.autoencoder.config != config.autoencoder:
             raise ValueError("the autoencoder given has another configuration than config.autoencoder")

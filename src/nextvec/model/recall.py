@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.model.backbone import attend_branch
-from nextvec.model.layers import rotary_dtype
+from nextvec.model.layers import embedded, rotary_dtype
 from nextvec.model.packed import version
 
 DIM = 64  # E
@@ -37,6 +37,16 @@ class Tokens(NamedTuple):
     table: Callable[[], Tensor]
     embed: Callable[[Tensor], Tensor]
     made_of: tuple[Tensor, ...]
+
+
+def unit_tokens(embedding: nn.Embedding, eps: float) -> Tokens:
+    """Of a table, brought to mean square 1."""
+    weight = embedding.weight
+    return Tokens(
+        lambda: F.rms_norm(weight, weight.shape[-1:], eps=eps),
+        lambda ids: embedded(embedding, ids, True, eps),
+        (weight,),
+    )
 
 
 class Parts(NamedTuple):

@@ -17,7 +17,7 @@ from nextvec.config import TokenLMConfig
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.layers import embedded
-from nextvec.model.recall import Recall, Tokens, pair_at
+from nextvec.model.recall import Recall, Tokens, pair_at, unit_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,12 +98,7 @@ class TokenLM(nn.Module):
         return embedded(self.embedding, ids, self.config.embedding_norm, self.config.backbone.norm_eps)
 
     def _tokens(self) -> Tokens:
-        eps, weight = self.config.backbone.norm_eps, self.embedding.weight
-        return Tokens(
-            lambda: F.rms_norm(weight, weight.shape[-1:], eps=eps),
-            lambda ids: embedded(self.embedding, ids, True, eps),
-            (weight,),
-        )
+        return unit_tokens(self.embedding, self.config.backbone.norm_eps)
 
     def logits(self, state_ND: Tensor) -> Tensor:
         """Next-token logits (..., V)."""

@@ -15,14 +15,18 @@ from nextvec.config import AutoregressiveHeadConfig, CalmConfig
 from nextvec.model.backbone import Backbone
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, wide
+from nextvec.model.heads.recalling import Asking, Recalls, next_pair
 from nextvec.model.layers import embedded
+from nextvec.model.recall import Recall, Tokens, unit_tokens
+from nextvec.model.text_states import States, vector_of
 
 
-class AutoregressiveHead(nn.Module):
+class AutoregressiveHead(Recalls, nn.Module):
     """[state, y_1, .., y_(K-1)] -> causal Transformer blocks -> logits of y_1 .. y_K, tied to the embedding of the y.
 
     The blocks are those of the backbone. It is what "multi-token prediction" with a causal head is: the same states as
-    CALM's, with the next patch factorised token by token instead of drawn as one vector.
+    CALM's, with the next patch factorised token by token instead of drawn as one vector. With `recall`, what followed the
+    last two tokens earlier in the text is added to each position's input (recall.py).
     """
 
     latents: ClassVar[bool] = False
@@ -31,7 +35,7 @@ class AutoregressiveHead(nn.Module):
     objective: ClassVar[str] = "cross_entropy"
 
     def __init__(self, config: CalmConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         assert isinstance(config.head, AutoregressiveHeadConfig)
         self.config, self.eps = config.head, config.backbone.norm_eps
         width = config.backbone.width
@@ -39,15 +43,19 @@ class AutoregressiveHead(nn.Module):
         self.state_in = nn.Linear(width, width)
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.decoder = Backbone(config.backbone.override(layers=config.head.blocks))
+        self.recall = Recall(width, config.head.recall) if config.head.recall else None
 
-    def loss(self, state_ND: Tensor, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+    def tokens(self) -> Tokens:
+        return unit_tokens(self.embedding, self.eps)
+
+    def loss(self, state_ND: States, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """Mean cross-entropy in nats per token of the patches `target` (..., K), and the share of tokens it ranks first."""
         target_MK = target.flatten(0, -2)
         hidden_MKD = self._read(state_ND, target_MK)
         loss, accuracy = linear_cross_entropy(hidden_MKD.flatten(0, 1), self.embedding.weight, target_MK.reshape(-1))
         return loss, {"cross_entropy": loss.detach(), "accuracy": accuracy.detach()}
 
-    def log_probabilities(self, state_ND: Tensor, ids_NK: Tensor) -> Tensor:
+    def log_probabilities(self, state_ND: States, ids_NK: Tensor) -> Tensor:
         """log P of each token of the patches (..., K) given the state and the tokens before it, in nats, (..., K)."""
         ids_MK = ids_NK.flatten(0, -2)
         hidden_MD = self._read(state_ND, ids_MK).flatten(0, 1)
@@ -61,7 +69,7 @@ class AutoregressiveHead(nn.Module):
     @torch.no_grad()
     def draw(
         self,
-        state_ND: Tensor,
+        state_ND: States,
         draws: int,
         generator: Generators | None,
         sharpen: Sharpen | None = None,
@@ -71,17 +79,41 @@ class AutoregressiveHead(nn.Module):
 
         The state is read once for all draws, which then go on as branches of it.
         """
-        state_MD = self._start(state_ND).reshape(-1, state_ND.shape[-1])
-        hidden_M1D, trunk = self.decoder.trunk(state_MD[:, None])
+        vector_ND = vector_of(state_ND)
+        state_MD = self._start(vector_ND).reshape(-1, vector_ND.shape[-1])
+        found = []
+        for states, asking in self.askings(state_ND):
+            own = generator[states] if isinstance(generator, Sequence) else generator
+            found.append(self._chosen(state_MD[states], asking, draws, own, sharpen, given))
+        return torch.cat(found, dim=1).reshape(draws, *vector_ND.shape[:-1], self.patch_size)
+
+    def _chosen(
+        self,
+        state_MD: Tensor,
+        asking: Asking | None,
+        draws: int,
+        generator: Generators | None,
+        sharpen: Sharpen | None,
+        given: Sequence[int],
+    ) -> Tensor:
+        """Patches (S, M, K)."""
+        pair_MS2 = None if asking is None else asking.tail[:, None]
+        hidden_M1D, trunk = self.decoder.trunk(self._with_answers(state_MD[:, None], asking, pair_MS2))
         tokens = [torch.full((len(state_MD), draws), token, device=state_MD.device) for token in given]
         if not given:
             tokens.append(self._sample(hidden_M1D, draws, generator, sharpen))
         at_S = torch.zeros(draws, dtype=torch.int64, device=state_MD.device)
         for place in range(1, self.patch_size):
-            hidden_MSD, trunk = self.decoder.branch(self._embedded(tokens[place - 1]), trunk, at_S)
+            ids_MS = tokens[place - 1]
+            pair_MS2 = None if pair_MS2 is None else next_pair(pair_MS2, ids_MS)
+            x_MSD = self._with_answers(self._embedded(ids_MS), asking, pair_MS2)
+            hidden_MSD, trunk = self.decoder.branch(x_MSD, trunk, at_S)
             if place >= len(given):
                 tokens.append(self._sample(hidden_MSD, 1, generator, sharpen))
-        return torch.stack(tokens, dim=-1).transpose(0, 1).reshape(draws, *state_ND.shape[:-1], self.patch_size)
+        return torch.stack(tokens, dim=-1).transpose(0, 1)
+
+    def _with_answers(self, x_MSD: Tensor, asking: Asking | None, pair_MS2: Tensor | None) -> Tensor:
+        return x_MSD if asking is None or pair_MS2 is None else x_MSD + self.answers(asking, pair_MS2)
 
     def compile_regions(self) -> list[nn.Module]:
         return list(self.decoder.blocks)
@@ -92,10 +124,13 @@ class AutoregressiveHead(nn.Module):
     def _start(self, state_ND: Tensor) -> Tensor:
         return self.state_in(state_ND.to(self.state_in.weight.dtype))
 
-    def _read(self, state_ND: Tensor, ids_MK: Tensor) -> Tensor:
+    def _read(self, state_ND: States, ids_MK: Tensor) -> Tensor:
         """What the decoder says before each token of whole patches, (M, K, D)."""
-        state_MD = self._start(state_ND).reshape(-1, state_ND.shape[-1])
-        return self.decoder(torch.cat((state_MD[:, None], self._embedded(ids_MK[:, :-1]).to(state_MD.dtype)), dim=1))
+        vector_ND = vector_of(state_ND)
+        state_MD = self._start(vector_ND).reshape(-1, vector_ND.shape[-1])
+        x_MKD = torch.cat((state_MD[:, None], self._embedded(ids_MK[:, :-1]).to(state_MD.dtype)), dim=1)
+        found = self.answers_along(state_ND, ids_MK)
+        return self.decoder(x_MKD if found is None else x_MKD + found.to(x_MKD.dtype))
 
     def _log_softmax(self, hidden_MD: Tensor) -> Tensor:
         logits = hidden_MD.to(self.embedding.weight.dtype) @ self.embedding.weight.T

@@ -6,8 +6,8 @@ V vocabulary, W = max(1, K - 1) tokens that a place reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,13 @@ from nextvec.config import CalmConfig, MixtureHeadConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
+from nextvec.model.heads.recalling import Asking, Recalls, next_pair
 from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU, normed_rows
-from nextvec.model.recall import Memory, Parts, Recall, Tokens, pair_at
-from nextvec.model.text_states import States, TextStates, vector_of
+from nextvec.model.recall import Recall, Tokens
+from nextvec.model.text_states import States, vector_of
 
 
-class _Asked(NamedTuple):
-    """Texts (R, T) that places (R, Q) of theirs are about to look tokens up in."""
-
-    memory: Memory
-    parts: Parts
-    seen: Tensor  # (R, Q)
-    tail: Tensor  # (R * Q, 2), the last two ids that a place has seen
-    apart: bool
-
-
-class MixtureHead(CodeBook, nn.Module):
+class MixtureHead(CodeBook, Recalls, nn.Module):
     """The law of the next patch's latent z, place after place:
 
         p(z | state) = prod_k sum_y p(y | state, the W tokens before place k) N(z_k; mean_y, std_y^2)
@@ -72,6 +63,10 @@ class MixtureHead(CodeBook, nn.Module):
         """The blocks begin as the identity."""
         return [mlp.down.weight for mlp in self.modules() if isinstance(mlp, SwiGLU)]
 
+    def tokens(self) -> Tokens:
+        weight, norm = self.embedding.weight, self.embedding_norm
+        return Tokens(lambda: norm(weight), self._embedded, (weight, norm.weight))
+
     def context(self, ids_NK: Tensor) -> Tensor:
         """What the head reads of a patch besides the state, (..., W * D); it stands behind the state (`Calm.states`)."""
         return self._embedded(ids_NK[..., -self.window :]).flatten(-2)
@@ -111,32 +106,30 @@ class MixtureHead(CodeBook, nn.Module):
         share = noise("uniform", vector_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
         share = share * (1 - torch.finfo(dtype).eps)  # none may round up to the whole law, behind its last token
         eps = noise("normal", vector_ND, draws, self.patch_size * self.codes().mean.shape[1], generator, dtype)
-        chosen, done = [], 0
-        for asked in self._askings(state_ND):
-            end = len(vector_MD) if asked is None else done + asked.seen.numel()
-            chosen.append(self._chosen(vector_MD[done:end], asked, share[:, done:end], sharpen, given))
-            done = end
+        chosen = [
+            self._chosen(vector_MD[states], asking, share[:, states], sharpen, given)
+            for states, asking in self.askings(state_ND)
+        ]
         z = self._latents(torch.cat(chosen, dim=1), eps)
         return z.view(draws, *vector_ND.shape[:-1], -1).to(vector_MD.dtype)
 
     def _chosen(
-        self, state_MD: Tensor, asked: _Asked | None, share: Tensor, sharpen: Sharpen | None, given: Sequence[int]
+        self, state_MD: Tensor, asking: Asking | None, share: Tensor, sharpen: Sharpen | None, given: Sequence[int]
     ) -> Tensor:
         """Tokens (S, M, K) picked by the shares (S, M, K), place after place."""
         slots, before = self._split(state_MD)
         chosen = [torch.full_like(share[..., 0], token, dtype=torch.int64) for token in given]
-        pair_SM2 = None if asked is None else asked.tail[None]
+        pair_MS2 = None if asking is None else asking.tail[:, None]
         if not given:
-            hidden_MD = self._hidden(self._slot(slots[None, :, 0], before.flatten(-2), asked, pair_SM2)[0])
+            hidden_MD = self._hidden(self._slot(slots[None, :, 0], before.flatten(-2), asking, pair_MS2)[0])
             chosen.append(self._picked(hidden_MD, share[..., 0].T, sharpen).T)
         before = before.expand(len(share), *before.shape)
         for place in range(1, self.patch_size):
             ids_SM = chosen[place - 1]
             before = torch.cat((before[..., 1:, :], self._embedded(ids_SM)[..., None, :]), dim=-2)
-            if pair_SM2 is not None:
-                pair_SM2 = torch.stack((pair_SM2[..., 1].expand_as(ids_SM), ids_SM), dim=-1)
+            pair_MS2 = None if pair_MS2 is None else next_pair(pair_MS2, ids_SM.T)
             if place >= len(given):
-                hidden_SMD = self._hidden(self._slot(slots[:, place], before.flatten(-2), asked, pair_SM2))
+                hidden_SMD = self._hidden(self._slot(slots[:, place], before.flatten(-2), asking, pair_MS2))
                 picked = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
                 chosen.append(picked.view_as(ids_SM))
         return torch.stack(chosen, dim=-1)
@@ -167,42 +160,13 @@ class MixtureHead(CodeBook, nn.Module):
         line = torch.cat((before, own), dim=1)
         windows = torch.stack([line[:, place : place + self.window] for place in range(self.patch_size)], dim=1)
         x = slots + self.before(windows.flatten(-2))
-        answers, done = [], 0
-        for asked in self._askings(state_ND):
-            if asked is not None:
-                end = done + asked.seen.numel()
-                ids = torch.cat((asked.tail, ids_MK[done:end, :-1]), dim=1)  # (., K + 1)
-                answers.append(self._answers(asked, ids.unfold(1, 2, 1)).to(x.dtype))
-                done = end
-        return self._hidden(x + torch.cat(answers) if answers else x)
+        found = self.answers_along(state_ND, ids_MK)
+        return self._hidden(x if found is None else x + found.to(x.dtype))
 
-    def _askings(self, state_ND: States) -> Iterator[_Asked | None]:
-        """Of the states in order, some at a time where there are many texts; one None where nothing is looked up."""
-        if self.recall is None:
-            yield None
-            return
-        assert isinstance(state_ND, TextStates), "a head with recall needs states that hold their text"
-        table, norm = self.embedding.weight, self.embedding_norm
-        tokens = Tokens(lambda: norm(table), self._embedded, (table, norm.weight))
-        text_RT, seen_RQ = state_ND.by_text()
-        parts = self.recall.parts(tokens, text_RT.numel())
-        size = len(text_RT) if torch.is_grad_enabled() else self.recall.texts_at_once(text_RT.shape[1])
-        for text, seen in zip(text_RT.split(size), seen_RQ.split(size), strict=True):
-            tail = pair_at(text, seen).flatten(0, 1)
-            yield _Asked(self.recall.memory(text, parts), parts, seen, tail, state_ND.apart)
-
-    def _answers(self, asked: _Asked, pair_MS2: Tensor) -> Tensor:
-        """What is found for S pairs of ids (M, S, 2) of each state, (M, S, D)."""
-        assert self.recall is not None
-        pair_RQS2 = pair_MS2.unflatten(0, tuple(asked.seen.shape))
-        return self.recall.ask(asked.memory, pair_RQS2, asked.seen, asked.parts, asked.apart).flatten(0, 1)
-
-    def _slot(self, slots_MD: Tensor, before: Tensor, asked: _Asked | None, pair_SM2: Tensor | None) -> Tensor:
+    def _slot(self, slots_MD: Tensor, before: Tensor, asking: Asking | None, pair_MS2: Tensor | None) -> Tensor:
         """What the blocks read at one place of S draws, (S, M, D)."""
         x = slots_MD + self.before(before)
-        if asked is None or pair_SM2 is None:
-            return x
-        return x + self._answers(asked, pair_SM2.transpose(0, 1)).transpose(0, 1)
+        return x if asking is None or pair_MS2 is None else x + self.answers(asking, pair_MS2).transpose(0, 1)
 
     def _latents(self, ids: Tensor, eps: Tensor) -> Tensor:
         codes = self.codes()

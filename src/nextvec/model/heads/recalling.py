@@ -1,0 +1,72 @@
+"""What heads with recall share: looking up in the text of each state what followed the tokens before a place (recall.py).
+
+Legend: M states, S draws, R texts, Q states of one text, K tokens per patch, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextvec.model.recall import Memory, Parts, Recall, Tokens, pair_at
+from nextvec.model.text_states import States, TextStates
+
+
+class Asking(NamedTuple):
+    """States that are about to look tokens up: Q of each of R texts."""
+
+    memory: Memory
+    parts: Parts
+    seen: Tensor  # (R, Q)
+    tail: Tensor  # (R * Q, 2), the last two ids that a state has seen; -1 for none
+    apart: bool
+
+
+class Recalls:
+    """For heads to inherit: `recall`, None without. A head with it needs `TextStates`."""
+
+    recall: Recall | None
+
+    def tokens(self) -> Tokens:
+        """The embeddings that recall is made of."""
+        raise NotImplementedError
+
+    def askings(self, state_ND: States) -> Iterator[tuple[slice, Asking | None]]:
+        """Of the M states in order, some at a time where there are many texts; all at once where nothing is looked up."""
+        if self.recall is None:
+            yield slice(None), None
+            return
+        assert isinstance(state_ND, TextStates), "a head with recall needs states that hold their text"
+        text_RT, seen_RQ = state_ND.by_text()
+        parts = self.recall.parts(self.tokens(), text_RT.numel())
+        size = len(text_RT) if torch.is_grad_enabled() else self.recall.texts_at_once(text_RT.shape[1])
+        done = 0
+        for text, seen in zip(text_RT.split(size), seen_RQ.split(size), strict=True):
+            tail = pair_at(text, seen).flatten(0, 1)
+            states = slice(done, done + len(tail))
+            yield states, Asking(self.recall.memory(text, parts), parts, seen, tail, state_ND.apart)
+            done = states.stop
+
+    def answers(self, asking: Asking, pair_MS2: Tensor) -> Tensor:
+        """What is found for S pairs of ids (M, S, 2) of each state, (M, S, D)."""
+        assert self.recall is not None
+        pair_RQS2 = pair_MS2.unflatten(0, tuple(asking.seen.shape))
+        return self.recall.ask(asking.memory, pair_RQS2, asking.seen, asking.parts, asking.apart).flatten(0, 1)
+
+    def answers_along(self, state_ND: States, ids_MK: Tensor) -> Tensor | None:
+        """What every place of whole patches finds, (M, K, D); None where nothing is looked up."""
+        found = []
+        for states, asking in self.askings(state_ND):
+            if asking is None:
+                return None
+            line = torch.cat((asking.tail, ids_MK[states, :-1]), dim=1)
+            found.append(self.answers(asking, line.unfold(1, 2, 1)))
+        return torch.cat(found)
+
+
+def next_pair(pair_MS2: Tensor, ids_MS: Tensor) -> Tensor:
+    """The last two ids after one more, (M, S, 2), of pairs (M, S or 1, 2)."""
+    return torch.stack((pair_MS2[..., 1].expand_as(ids_MS), ids_MS), dim=-1)
