@@ -194,6 +194,14 @@ def test_the_table_of_costs_is_what_flops_says(
         assert float(found[3]) == pytest.approx(days, rel=0.01)
 
 
+def test_another_head_leaves_behind_what_only_the_parents_has(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("from: fast/calm\nmodel: {head: {kind: flow, teacher_draws: 2}}\n")
+    assert read_settings(str(path))["model"]["head"] == {"kind": "flow", "blocks": 1, "teacher_draws": 2}
+    path.write_text("from: fast/calm\nmodel.head.blocks: 2\n")
+    assert read_settings(str(path))["model"]["head"] == {"kind": "mixture", "blocks": 2, "recall": 1}
+
+
 def test_a_file_of_ones_own_stands_on_others(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "from: [base, paper/calm-l]\nmodel: {backbone: {layers: 2}}\ntrain: {steps: 7}\n"

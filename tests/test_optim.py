@@ -9,6 +9,7 @@ from torch import nn
 from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, OptimSettings
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
+from nextvec.model.packed import version
 from nextvec.train import muon as muon_module
 from nextvec.train.muon import Muon
 from nextvec.train.optim import make_optimizer, parameter_groups, rate_factor
@@ -45,6 +46,19 @@ def test_muon_takes_hidden_matrices_and_adamw_lookups_readouts_and_vectors() -> 
     model = Autoencoder(config.autoencoder)
     _, rest = parameter_groups(model.named_parameters(), OptimSettings(name="muon"))
     assert set(rest[0]["param_names"]) == {"embedding.weight", "to_latent.weight", "from_latent.weight"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_counts_in_the_version_of_every_parameter(name: str) -> None:
+    """Also where torch's fused AdamW does it, which leaves it as it was: tables made of parameters go by it."""
+    module = nn.ModuleDict({"hidden": nn.Linear(4, 4), "embedding": nn.Embedding(5, 4)})
+    optimizer = make_optimizer(module, OptimSettings.parse({"name": name}))
+    before = {key: version(parameter) for key, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for key, parameter in module.named_parameters():
+        assert version(parameter) != before[key], key
 
 
 def test_muon_with_adamw_equals_the_two_apart_and_survives_a_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:

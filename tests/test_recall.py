@@ -16,6 +16,7 @@ from nextvec.config import (
     BackboneConfig,
     CalmConfig,
     MixtureHeadConfig,
+    OptimSettings,
     TokenLMConfig,
 )
 from nextvec.model.calm import Calm
@@ -27,6 +28,7 @@ from nextvec.model.text_states import TextStates, join, vector_of
 from nextvec.model.token_lm import TokenLM
 from nextvec.sampling.engine import Engine
 from nextvec.sampling.settings import Sampling
+from nextvec.train.optim import make_optimizer
 
 VOCAB, K, D = 7, 3, 12
 HEADS = {"mixture": MixtureHeadConfig, "autoregressive": AutoregressiveHeadConfig}
@@ -220,6 +222,8 @@ def test_many_texts_are_asked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     assert head.recall is not None
     monkeypatch.setattr(Recall, "texts_at_once", lambda self, size: 2)
     assert [asking.seen.shape for _, asking in head.askings(state) if asking] == [(2, 2), (2, 2), (1, 2)]
+    apart = TextStates(state.vector, state.text, state.seen, apart=True)  # whose bits depend on no other
+    assert [asking.seen.shape for _, asking in head.askings(apart) if asking] == [(5, 2)]
     torch.testing.assert_close(head.log_probabilities(state, target), whole[0])
     torch.testing.assert_close(head.draw(state, 3, torch.Generator().manual_seed(0)), whole[1])
     assert torch.equal(multi.draw(several, 3, [torch.Generator().manual_seed(row) for row in range(10)]), together)
@@ -262,6 +266,31 @@ def test_fresh_keys_are_the_queries_and_equal_pairs_find_each_other() -> None:
     weights = (query @ memory.keys.transpose(-1, -2) / DIM**0.5).softmax(-1)[0, 0, 0]
     assert int(weights.argmax()) == 10
     assert float(weights[10]) > 0.5
+
+
+def test_its_tables_follow_an_optimiser_whose_steps_are_fused() -> None:
+    model, ids = token_lm().requires_grad_(True), tokens(4, 12)
+    optimizer = make_optimizer(model, OptimSettings.parse({"name": "adamw", "lr": 0.05}))
+
+    def loss() -> Tensor:
+        logits = model.logits(model.states(ids[:, :-1, None]))
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    cache = model.new_cache(4, 20)
+    model.states(ids[:, :3, None], cache)
+    first = model.states(ids[:, 3:4, None], cache)  # from tables
+    for _ in range(5):
+        with torch.enable_grad():
+            loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    cache = model.new_cache(4, 20)
+    model.states(ids[:, :3, None], cache)
+    after = model.states(ids[:, 3:4, None], cache)
+    with torch.enable_grad():
+        whole = model.states(ids[:, :4, None])[:, 3:]
+    torch.testing.assert_close(after, whole.detach(), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(after, first, atol=1e-3)
 
 
 def test_its_tables_follow_the_weights() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from nextvec.cli import main
 from nextvec.errors import ConfigError, DataError
 from nextvec.lock import held
 from nextvec.report.sweep import markdown
+from nextvec.settings import layered
 from nextvec.sweep.estimate import Rates
 from nextvec.sweep.folder import LOCK, begin, check_begun, open_folder
 from nextvec.sweep.plan import Vocabulary, assumed_vocabulary, digest, flops_per_token, make_jobs, tokens_per_step
@@ -281,6 +283,20 @@ def test_finished_rows_are_skipped_and_a_sweep_may_grow(work: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (work / "out").glob("rows/*/*/*/*")} == before
     grown = spec.override(seeds=(0, 1, 2), rows=(*spec.rows, {"lm.energy.draws": 3}))
     check_begun(work / "out", grown, make_jobs(grown, one_second, vocabulary_of(work)))
+
+
+def test_a_setting_newer_than_what_was_begun_counts_as_its_default(work: Path, tmp_path: Path) -> None:
+    spec = read_spec(str(work / "spec.yaml"))
+    shutil.copytree(work / "out", tmp_path / "out")
+    for path in (tmp_path / "out").glob("rows/baseline/*/*/job.json"):  # as a version without recall would have left it
+        job = json.loads(path.read_text())
+        del job["identity"]["baseline"]["model"]["recall"]
+        path.write_text(json.dumps(job))
+    jobs = make_jobs(spec, one_second, vocabulary_of(work))
+    check_begun(tmp_path / "out", spec, jobs)
+    now = spec.override(base={**spec.base, "baseline": layered(spec.base.get("baseline", {}), {"model.recall": 1})})
+    with pytest.raises(ConfigError, match=r"began with baseline\.model\.recall 0 and it now says 1"):
+        check_begun(tmp_path / "out", now, make_jobs(now, one_second, vocabulary_of(work)))
 
 
 def vocabulary_of(work: Path) -> Vocabulary:

@@ -17,6 +17,7 @@ from nextvec.config import (
     ModelRun,
     OptimSettings,
     RunConfig,
+    TokenLMRun,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained
         lines.append(f"| input | {INPUTS[config.model.input]} |")
         lines.append(f"| head | {_head(config)} |")
         lines.append(f"| recipe | {config.recipe.name}; {_loss(config)} |")
+    elif isinstance(config, TokenLMRun) and config.model.recall:
+        lines.append(f"| recall | {_recall(config.model.recall)} |")
     known = ("kind", "step", "tokens", "seconds", "cpu_seconds")
     measured = {name: value for name, value in trained.items() if name not in known}
     lines += ["", "## Measured on held-out windows at the end of training", ""]
@@ -109,10 +112,14 @@ def _head(config: CalmRun) -> str:
     head = config.model.head
     if isinstance(head, FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig):
         return f"{head.kind}, {head.blocks} blocks; draws in {head.steps} steps of {head.solver}"
-    recall = ""
-    if isinstance(head, MixtureHeadConfig) and head.recall:
-        recall = f", recall of {head.recall} head{'s' * (head.recall > 1)}"
-    return f"{head.kind}, {head.blocks} block{'s' * (head.blocks > 1)}{recall}"
+    recall = head.recall if isinstance(head, MixtureHeadConfig | AutoregressiveHeadConfig) else 0
+    return f"{head.kind}, {head.blocks} block{'s' * (head.blocks > 1)}" + (
+        f", recall: {_recall(recall)}" if recall else ""
+    )
+
+
+def _recall(heads: int) -> str:
+    return f"{heads} head{'s' * (heads > 1)} over the tokens of the text"
 
 
 def _loss(config: CalmRun) -> str:

@@ -23,6 +23,7 @@ from nextvec.head_settings import FlowHeadConfig as FlowHeadConfig
 from nextvec.head_settings import HeadConfig as HeadConfig
 from nextvec.head_settings import HeadKind as HeadKind
 from nextvec.head_settings import MixtureHeadConfig as MixtureHeadConfig
+from nextvec.head_settings import leave_behind
 from nextvec.settings import Config as Config
 from nextvec.settings import Count, Positive, Rate, Seed
 from nextvec.settings import dump_yaml as dump_yaml
@@ -378,13 +379,8 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     """`settings.apply_overrides`; a new `model.head.kind` leaves behind what only other heads have settings for."""
     for item in overrides:
         key, _, kind = item.partition("=")
-        if key == "model.head.kind" and kind in HEADS:
-            model = data.get("model")
-            head = model.get("head") if isinstance(model, dict) else None
-            if isinstance(model, dict) and isinstance(head, dict):
-                foreign = {name for of in HEADS.values() for name in of.model_fields} - HEADS[kind].model_fields.keys()
-                kept = {name: value for name, value in head.items() if name not in foreign}
-                data = {**data, "model": {**model, "head": kept}}
+        if key == "model.head.kind":
+            data = leave_behind(data, {key: kind})
     return settings.apply_overrides(data, overrides)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from nextvec.settings import CHOICE, Config, Count, Positive, Rate
+from nextvec.settings import CHOICE, Config, Count, Positive, Rate, layered
 
 
 class EnergyHeadConfig(Config):
@@ -124,6 +124,23 @@ HEADS: dict[str, type[HeadKind]] = {
 }
 SOLVERS = {"flow": ("midpoint", "heun", "euler"), "diffusion": ("ddpm", "ddim", "dpm++"), "categorical": ("euler",)}
 TIMES = 1000  # times that the flow and diffusion heads tell apart [C]
+
+
+def leave_behind(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings of a run without what only other heads have, where `changes` ask for another `model.head.kind`."""
+    kind, head = _inner(layered({}, changes), "kind"), _inner(settings)
+    if not isinstance(kind, str) or kind not in HEADS or not isinstance(head, Mapping) or head.get("kind") == kind:
+        return dict(settings)
+    foreign = {name for of in HEADS.values() for name in of.model_fields} - HEADS[kind].model_fields.keys()
+    kept = {name: value for name, value in head.items() if name not in foreign}
+    return {**settings, "model": {**settings["model"], "head": kept}}
+
+
+def _inner(settings: Any, *more: str) -> Any:
+    """What stands at model.head, or further in; None where nothing does."""
+    for name in ("model", "head", *more):
+        settings = settings.get(name) if isinstance(settings, Mapping) else None
+    return settings
 
 
 def check_solver(head: str, solver: str, steps: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nextvec.errors import ConfigError
+from nextvec.head_settings import leave_behind
 from nextvec.presets import preset
 from nextvec.settings import layered, load_yaml, unknown_name
 
@@ -66,8 +67,12 @@ def _merged(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
     parents = data.pop("from", [])
     merged: dict[str, Any] = {}
     for parent in parents if isinstance(parents, list) else [parents]:
-        merged = layered(merged, _merged(_find(str(parent), path.parent), (*inside, path)))
-    return layered(merged, data)
+        merged = _over(merged, _merged(_find(str(parent), path.parent), (*inside, path)))
+    return _over(merged, data)
+
+
+def _over(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return layered(leave_behind(settings, changes), changes)
 
 
 def _find(source: str, beside: Path | None = None) -> Path:

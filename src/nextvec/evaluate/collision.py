@@ -24,6 +24,7 @@ from torch import Tensor
 from nextvec.errors import DataError
 from nextvec.evaluate.windows import Document
 from nextvec.model.calm import Calm
+from nextvec.model.text_states import States
 from nextvec.model.token_lm import TokenLM
 from nextvec.sampling.approximate import centre
 from nextvec.sampling.generate import generate
@@ -141,7 +142,7 @@ def patches(ids_NK: Tensor) -> list[Patch]:
     return [tuple(patch) for patch in ids_NK.tolist()]
 
 
-def state_of(model: Calm, context: Context, eos_id: int, pad_id: int) -> Tensor:
+def state_of(model: Calm, context: Context, eos_id: int, pad_id: int) -> States:
     """The state (D,) that predicts the patch after a context."""
     size = model.patch_size
     boundary = [] if model.packed else [eos_id] + [pad_id] * (size - 1)  # as `sampling.engine` lays texts out
@@ -149,7 +150,7 @@ def state_of(model: Calm, context: Context, eos_id: int, pad_id: int) -> Tensor:
     return model.states(torch.tensor(ids, device=model.device).view(1, -1, size))[0, -1]
 
 
-More = Callable[[Context, Tensor, Tensor, Tensor, torch.Generator], None]  # state (D,), latents (N, L), tokens (N, K)
+More = Callable[[Context, States, Tensor, Tensor, torch.Generator], None]  # state (D,), latents (N, L), tokens (N, K)
 
 
 @torch.inference_mode()

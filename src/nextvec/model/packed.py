@@ -40,7 +40,10 @@ class PackedLinear(nn.Module):
 
 
 def version(weight: Tensor) -> tuple[int, int]:
-    """Another value after each in-place change or replacement of a parameter (but not of its `.data`)."""
+    """Another value after each in-place change or replacement of a parameter.
+
+    Not after one of its `.data`, nor after a step of torch's fused optimisers: `train.optim` adds one for these.
+    """
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 

@@ -48,6 +48,9 @@ class TextStates:
 
     def __getitem__(self, index: Any) -> TextStates:
         """Of leading dimensions. Some states of each of several texts still share them."""
+        assert not isinstance(index, tuple) or Ellipsis not in index, (
+            "leading dimensions alone: `vector` has the numbers"
+        )
         text, of_all = self.text, isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)
         if of_all and self.vector.dim() == 3 and _shared(text) and isinstance(index[1], Tensor) and index[1].dim() == 1:
             text = text[:, :1].expand(-1, len(index[1]), -1)

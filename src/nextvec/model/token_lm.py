@@ -63,6 +63,8 @@ class TokenLM(nn.Module):
         if self.recall is None or cache is None:
             return self.backbone(self._whole(ids_BPK[..., 0]), cache)
         (text_BT, seen_BP), apart = cache.write_text(ids_BPK), cache.apart is not None
+        if not apart and text_BT.shape[1] == ids_BPK.shape[1]:  # nothing was held
+            return self.backbone(self._whole(ids_BPK[..., 0]), cache)
         parts = self.recall.parts(self._tokens(), text_BT.numel())
         pair_BP12 = pair_at(text_BT, seen_BP)[:, :, None]
         found = self.recall.ask(self.recall.memory(text_BT, parts), pair_BP12, seen_BP, parts, apart)

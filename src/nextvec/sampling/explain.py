@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
+from nextvec.model.text_states import States
 from nextvec.sampling.draw import grow_pool, prefix
 from nextvec.sampling.settings import row_generator
 from nextvec.sampling.temperature import condition, pool_probabilities
@@ -85,7 +86,7 @@ def next_patch(
     return hold_vote(pool.tokens, rest, temperature)
 
 
-def _state(model: Calm, ids: list[int]) -> Tensor:
+def _state(model: Calm, ids: list[int]) -> States:
     """The state (D,) after whole patches."""
     return model.states(torch.tensor(ids, device=model.device).view(1, -1, model.patch_size))[0, -1]
 

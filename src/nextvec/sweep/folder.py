@@ -18,7 +18,8 @@ from nextvec.errors import ConfigError
 from nextvec.files import read_json, write_json
 from nextvec.settings import differences
 from nextvec.sweep.plan import Job
-from nextvec.sweep.spec import SweepSpec
+from nextvec.sweep.spec import STAGES, SweepSpec
+from nextvec.train.checkpoint import with_defaults
 
 FORMAT = 1  # of sweep.json, job.json and result.json
 SWEEP, RATES, JOB, RESULT = "sweep.json", "rates.json", "job.json", "result.json"
@@ -72,7 +73,7 @@ def check_begun(out: Path, spec: SweepSpec, jobs: Sequence[Job]) -> None:
                 f"{spec.name} was edited after rows were run: {out} holds the row {begun['row']} at seed {begun['seed']}, "
                 "which it no longer has; put it back, or give a new folder with --out"
             )
-        found = _first_difference(begun["identity"], job.identity)
+        found = _first_difference(_filled(begun["identity"], job.identity), job.identity)
         if found is not None:
             raise _edited(spec, out, f"row {job.row.name}", found)
 
@@ -85,8 +86,21 @@ def begin(folder: Path, job: Job) -> None:
 
 
 def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """A key that only `now` has is a setting that a newer nextvec added, at its default."""
+    """A setting that a newer nextvec added counts as its default in what was begun before."""
     return next(differences(before, now, added=False), None)
+
+
+def _filled(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Settings of every stage, those that only `now` has at their defaults: a newer nextvec brought them."""
+
+    def fill(before: Any, after: Any, default: Any) -> Any:
+        if not all(isinstance(each, dict) for each in (before, after, default)):
+            return before
+        new = {name: default[name] for name in after if name not in before and name in default}
+        return {name: fill(value, after.get(name), default.get(name)) for name, value in before.items()} | new
+
+    stages = [stage for stage in STAGES if begun.get(stage) is not None]
+    return begun | {stage: fill(begun[stage], now.get(stage), with_defaults(begun[stage])) for stage in stages}
 
 
 def _edited(spec: SweepSpec, out: Path, what: str, found: tuple[str, Any, Any]) -> ConfigError:

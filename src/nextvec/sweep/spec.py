@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from nextvec.configs.read import read_settings
 from nextvec.errors import ConfigError
+from nextvec.head_settings import leave_behind
 from nextvec.settings import Config, Count, Positive, Rate, Seed, as_number, layered, load_yaml, unknown_name
 from nextvec.train import VERBS
 
@@ -162,7 +163,7 @@ class SweepSpec(Config):
         settings: dict[str, Any] = {"train": {"seed": seed}}
         settings = layered(settings, self.base.get(stage, {}))  # type: ignore[call-overload]
         own = {key.partition(".")[2]: value for key, value in row.changes.items() if key.partition(".")[0] == stage}
-        return {"kind": VERBS[stage], **layered(settings, own)}
+        return {"kind": VERBS[stage], **layered(leave_behind(settings, own), own)}
 
 
 def stages_of(stage: str) -> tuple[str, ...]:
@@ -190,7 +191,8 @@ def _with_file(stage: str, settings: Any) -> Any:
     kind = inherited.pop("kind", VERBS[stage])
     if kind != VERBS[stage]:
         raise ConfigError(f"base.{stage}: {settings['from']} has kind {kind!r}, and this stage trains {VERBS[stage]!r}")
-    return layered(inherited, {key: value for key, value in settings.items() if key != "from"})
+    own = {key: value for key, value in settings.items() if key != "from"}
+    return layered(leave_behind(inherited, own), own)
 
 
 def shipped() -> list[str]:

@@ -262,7 +262,7 @@ def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str,
     The number of steps, what is logged, evaluated, saved and kept may change, and the shards may have moved. A setting
     that the checkpoint does not know, written by an older nextvec, counts as its default.
     """
-    found = differences(_with_defaults(checkpoint.state.config), config)
+    found = differences(with_defaults(checkpoint.state.config), config)
     for key, before, now in sorted(found, key=lambda item: item[0]):
         if key not in CONTINUED:
             raise DataError(
@@ -277,7 +277,8 @@ def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str,
         )
 
 
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run as this version writes them, those that an older one did not know at their defaults."""
     try:
         return parse_run(config, "checkpoint").model_dump(mode="json")
     except (ConfigError, KeyError):  # not the settings of a run that this version knows: compare what is there

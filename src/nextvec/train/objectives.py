@@ -191,7 +191,10 @@ class Objective:
         return {name: value for name, value in found.to_dict().items() if name in keep}
 
     def _conditioning_gap(self, ids_BT: Tensor, metrics: Metrics, generator: torch.Generator | None) -> Tensor:
-        """The head's loss with states moved to other positions minus the true one: 0 while it ignores its state."""
+        """The head's loss with states moved to other positions minus the true one: 0 while it ignores its state.
+
+        What a head with recall finds stays: the text is that of the position.
+        """
         assert isinstance(self.model, Calm)
         ids_BPK = ids_BT.unflatten(1, (-1, self.model.patch_size))
         state = self.model.states(ids_BPK[:, :-1])

@@ -57,10 +57,18 @@ def make_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Op
     adamw = torch.optim.AdamW(
         rest, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=fused
     )
+    if fused:
+        adamw.register_step_post_hook(_count_step)
     if not hidden:
         return adamw
     muon = ShardedMuon if isinstance(hidden[0]["params"][0], DTensor) else Muon
     return MuonAdamW(muon(hidden, momentum=settings.momentum), adamw)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Fused steps leave no trace in a parameter's version, by which tables made of it know that they are old."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version([p for p in group["params"] if not isinstance(p, DTensor)])
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -171,6 +171,7 @@ class Sharded:
         for whole, part in self._pairs:
             assert isinstance(part, DTensor)
             whole.data = part.full_tensor()
+            torch.autograd.graph.increment_version(whole)  # memory may be where the last ones lay (`packed.version`)
 
     def snapshot(self, state: TrainState, sums: dict[str, Tensor]) -> Snapshot:
         """What of the checkpoint lies here."""

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from nextvec.model.text_states import States
+
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all states, or one for each
 Metrics = dict[str, Tensor]
 Sharpen = Callable[[Tensor], Tensor]  # logits (R, V) of a law of tokens to those to draw from
@@ -31,14 +33,14 @@ class Head(Protocol):
     teacher: ClassVar[str]  # posterior | tokens: what `loss` is given
     objective: ClassVar[str]  # name of the metric that is the loss itself
 
-    def loss(self, state_ND: Tensor, target: Any, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+    def loss(self, state_ND: States, target: Any, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
         """Mean loss of the states (..., D), and detached figures, `objective` among them.
 
         target: the `Posterior` (..., L), or the ids (..., K) int64, as `teacher` says.
         """
         ...
 
-    def draw(self, state_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
+    def draw(self, state_ND: States, draws: int, generator: Generators | None) -> Tensor:
         """S independent draws for states (..., D): latents (S, ..., L), or patches (S, ..., K) int64.
 
         One generator for all states, or one for each of (N, D), whose draws are then those it would give alone.

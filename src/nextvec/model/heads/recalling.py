@@ -42,7 +42,8 @@ class Recalls:
         assert isinstance(state_ND, TextStates), "a head with recall needs states that hold their text"
         text_RT, seen_RQ = state_ND.by_text()
         parts = self.recall.parts(self.tokens(), text_RT.numel())
-        size = len(text_RT) if torch.is_grad_enabled() else self.recall.texts_at_once(text_RT.shape[1])
+        whole = torch.is_grad_enabled() or state_ND.apart  # apart: pieces of a tile would depend on its longest text
+        size = len(text_RT) if whole else self.recall.texts_at_once(text_RT.shape[1])
         done = 0
         for text, seen in zip(text_RT.split(size), seen_RQ.split(size), strict=True):
             tail = pair_at(text, seen).flatten(0, 1)
