@@ -36,6 +36,7 @@ from nextvec.evaluate.windows import (
 from nextvec.model.calm import Calm
 from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.heads.mixture import MixtureHead
+from nextvec.model.text_states import States
 from nextvec.model.token_lm import TokenLM
 from nextvec.scoring.clusters import cluster_ratio
 from nextvec.scoring.likelihood import Bound, Exact, Likelihood, Text, nested_bounds, patch_log_probability
@@ -255,8 +256,8 @@ def _log_p(
     """log prod_k p_k(y_k | z) under S drawn latents z of each chosen patch, (G, S, N)."""
     device, K = calm.device, calm.patch_size
     state_BPD = calm.states(batch.context.to(device).unflatten(1, (-1, K)))
-    chosen_BQ = chosen_BQ.to(device)
-    state_ND = state_BPD[:, batch.starts.to(device) // K - 1][chosen_BQ]
+    chosen_BQ, at_Q = chosen_BQ.to(device), batch.starts.to(device) // K - 1
+    state_ND = state_BPD[:, at_Q][chosen_BQ]
     target_NK, valid_NK = batch.target.to(device)[chosen_BQ], batch.valid.to(device)[chosen_BQ]
     parts = []
     left = draws
@@ -264,7 +265,8 @@ def _log_p(
     mixture = calm.head if isinstance(calm.head, MixtureHead) else None
     if mixture is not None:
         # of all Gaussians only the patch's own is looked at, with its probability: a lower bound of p with nearly all of it
-        known = mixture.log_probabilities(state_ND, target_NK).masked_fill(~valid_NK, 0.0).sum(-1)
+        log_NK = _of_chosen(mixture, state_BPD, at_Q, batch.target.to(device), chosen_BQ)
+        known = log_NK.masked_fill(~valid_NK, 0.0).sum(-1)
     while left:
         now = min(left, max(1, LATENTS // len(state_ND)))
         latents = (
@@ -285,6 +287,19 @@ def _log_p(
     return torch.cat(parts, dim=1)
 
 
+def _of_chosen(
+    head: MixtureHead | AutoregressiveHead, state_BPD: States, at_Q: Tensor, target_BQK: Tensor, chosen_BQ: Tensor
+) -> Tensor:
+    """log p of each token of the chosen patches, (N, K), row by row: states of one text look it up together."""
+    parts = []
+    for row, chosen_Q in enumerate(chosen_BQ):
+        picked = chosen_Q.nonzero()[:, 0]
+        if len(picked):
+            one = slice(row, row + 1)
+            parts.append(head.log_probabilities(state_BPD[one][:, at_Q[picked]], target_BQK[one][:, picked])[0])
+    return torch.cat(parts)
+
+
 def _exact_log_p(baseline: TokenLM | Calm, batch: Batch, chosen_BQ: Tensor) -> Tensor:
     """log probability of each chosen patch, every token given all before it in the window, (N,)."""
     device = baseline.device
@@ -292,9 +307,9 @@ def _exact_log_p(baseline: TokenLM | Calm, batch: Batch, chosen_BQ: Tensor) -> T
         head = baseline.head
         assert isinstance(head, AutoregressiveHead), "the other heads have no likelihood"
         state_BPD = baseline.states(batch.context.to(device).unflatten(1, (-1, baseline.patch_size)))
-        state_ND = state_BPD[:, batch.starts.to(device) // baseline.patch_size - 1][chosen_BQ.to(device)]
-        log_p_NK = head.log_probabilities(state_ND, batch.target.to(device)[chosen_BQ.to(device)])
-        return log_p_NK.masked_fill(~batch.valid.to(device)[chosen_BQ.to(device)], 0.0).sum(-1)
+        at_Q, chosen_BQ = batch.starts.to(device) // baseline.patch_size - 1, chosen_BQ.to(device)
+        log_p_NK = _of_chosen(head, state_BPD, at_Q, batch.target.to(device), chosen_BQ)
+        return log_p_NK.masked_fill(~batch.valid.to(device)[chosen_BQ], 0.0).sum(-1)
     state_BTD = baseline.states(batch.ids.to(device)[..., None])
     at_QK = batch.starts[:, None] - 1 + torch.arange(batch.target.shape[-1])
     chosen_BQ = chosen_BQ.to(device)
