@@ -73,7 +73,7 @@ def exact_decoder(model: Calm, monkeypatch: pytest.MonkeyPatch) -> None:
     if not isinstance(model.head, MixtureHead):
         return
     codes = model.head.codes()
-    model.head._codes = (model.head._codes[0], codes._replace(std=codes.std * 1e-6))  # type: ignore[index]
+    model.head._codes.value = codes._replace(std=codes.std * 1e-6)
     mean_VE = codes.mean
 
     def decode(latent_NL: Tensor) -> Tensor:

@@ -174,3 +174,19 @@ def test_the_loss_by_place(demo: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert rows["CALM, as it is"][4] == pytest.approx(float(loss), abs=2e-3)
     with pytest.raises(DataError, match="no held-out document has 4096 tokens"):
         main([str(folder / "calm"), "--data", held_out, "--tokens", "4096"])
+
+
+def test_what_recall_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        benchmark("recall_speed")(["--repeats", "1", "--context", "32", "--new", "8"])
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        f"{what}, {arm}" for what in ("s a step", "s a token of text") for arm in ("calm", "token")
+    ]
+    for line in lines:
+        without, with_recall = (float(part.split()[0]) for part in line.partition("least ")[2].split(", ")[:2])
+        assert without > 0
+        assert with_recall > 0

@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import math
 import platform
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
+
+T = TypeVar("T")
 
 
 class PackedLinear(nn.Module):
@@ -45,6 +47,22 @@ def version(weight: Tensor) -> tuple[int, int]:
     Not after one of its `.data`, nor after a step of torch's fused optimisers: `train.optim` adds one for these.
     """
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+class Kept(Generic[T]):
+    """What is made of parameters, until these change, or are moved or cast."""
+
+    def __init__(self) -> None:
+        self._state: object = None
+        self.value: T | None = None
+
+    def of(self, weights: Sequence[Tensor], make: Callable[[], T]) -> T:
+        """The same object as long as the weights are the same; made without gradients and outside of autocast."""
+        state = tuple((version(weight), weight.dtype, weight.device) for weight in weights)
+        if self.value is None or self._state != state:
+            with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
+                self._state, self.value = state, make()
+        return self.value
 
 
 def pack_linears(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nextvec.model.backbone import attend_branch
 from nextvec.model.layers import embedded, rotary_dtype
-from nextvec.model.packed import version
+from nextvec.model.packed import Kept
 
 DIM = 64  # E
 MOST_KEYS = 1 << 24  # numbers in the keys of the texts that are asked together, where no gradient is wanted
@@ -77,7 +77,7 @@ class Recall(nn.Module):
         self.key = nn.Linear(2 * width, heads * DIM, bias=False)
         self.value = nn.Linear(width, heads * DIM, bias=False)
         self.out = nn.Linear(heads * DIM, width, bias=False)
-        self._kept: tuple[object, tuple[Tensor, ...]] | None = None
+        self._kept = Kept[tuple[Tensor, ...]]()
 
     def equal_at_start(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters that begin as copies of others: (copy, original)."""
@@ -177,13 +177,12 @@ class Recall(nn.Module):
 
     def _tables(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """Parts of all tokens, as `_products`, the second with a row of 0 for the id -1; made again after a change of weights."""
-        weights = *tokens.made_of, self.query.weight, self.key.weight, self.value.weight
-        state = tuple((version(weight), weight.dtype, weight.device) for weight in weights)
-        if self._kept is None or self._kept[0] != state:
-            with torch.autocast(self.key.weight.device.type, enabled=False):
-                last, before, tells = self._products(tokens.table())
-                self._kept = (state, (last, F.pad(before, (0, 0, 0, 1)), tells))
-        return self._kept[1]
+
+        def make() -> tuple[Tensor, ...]:
+            last, before, tells = self._products(tokens.table())
+            return last, F.pad(before, (0, 0, 0, 1)), tells
+
+        return self._kept.of([*tokens.made_of, self.query.weight, self.key.weight, self.value.weight], make)
 
 
 def pair_at(ids_RT: Tensor, seen_RQ: Tensor) -> Tensor:

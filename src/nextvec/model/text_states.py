@@ -5,7 +5,7 @@ Legend: X numbers of a state, T tokens of the longest text, R texts, Q states of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -58,9 +58,6 @@ class TextStates:
             text = text[index]
         return replace(self, vector=self.vector[index], text=text, seen=self.seen[index])
 
-    def flatten(self, start: int, end: int) -> TextStates:
-        return self._each(lambda x: x.flatten(start, end if end >= 0 or x is not self.seen else end + 1))
-
     def expand(self, *sizes: int) -> TextStates:
         """As of the states; the last of the sizes is -1."""
         return replace(
@@ -70,20 +67,11 @@ class TextStates:
             seen=self.seen.expand(*sizes[:-1]),
         )
 
-    def unsqueeze(self, dim: int) -> TextStates:
-        return self._each(lambda x: x.unsqueeze(dim))
-
-    def float(self) -> TextStates:
-        return replace(self, vector=self.vector.float())
-
     def by_text(self) -> tuple[Tensor, Tensor]:
         """Texts (R, T), and how much of theirs their states have seen, (R, Q): in order the states of all leading dimensions."""
         if self.text.dim() > 1 and _shared(self.text):
             return self.text[..., 0, :].reshape(-1, self.text.shape[-1]), self.seen.reshape(-1, self.seen.shape[-1])
         return self.text.reshape(-1, self.text.shape[-1]), self.seen.reshape(-1, 1)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TextStates:
-        return replace(self, vector=change(self.vector), text=change(self.text), seen=change(self.seen))
 
 
 def join(states: Sequence[States]) -> States:

@@ -19,7 +19,7 @@ from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
 from nextvec.model.heads.recalling import Asking, Recalls, next_pair
 from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU, normed_rows
-from nextvec.model.packed import version
+from nextvec.model.packed import Kept
 from nextvec.model.recall import Recall, Tokens
 from nextvec.model.text_states import States, vector_of
 
@@ -60,7 +60,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         self.norm = RMSNorm(width, eps=eps)
         self.output = nn.Linear(width, config.vocab_size, bias=False)
         self.recall = Recall(width, config.head.recall) if config.head.recall else None
-        self._units: tuple[object, Tensor] | None = None
+        self._units = Kept[Tensor]()
 
     def zero_initialised(self) -> list[Tensor]:
         """The blocks begin as the identity."""
@@ -150,16 +150,8 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
     def _embedded(self, ids: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return normed_rows(self.embedding, ids, self.embedding_norm)
-        return F.embedding(ids, self._unit_table())
-
-    @torch.no_grad()
-    def _unit_table(self) -> Tensor:
-        """Embeddings of unit size of all tokens, (V, D); made again after a change of what they are made of."""
-        weights = self.embedding.weight, self.embedding_norm.weight
-        state = tuple((version(weight), weight.dtype, weight.device) for weight in weights)
-        if self._units is None or self._units[0] != state:
-            self._units = (state, self.embedding_norm(self.embedding.weight))
-        return self._units[1]
+        weight, norm = self.embedding.weight, self.embedding_norm
+        return F.embedding(ids, self._units.of((weight, norm.weight), lambda: norm(weight)))
 
     def _split(self, state_MD: Tensor) -> tuple[Tensor, Tensor]:
         """Slots (M, K, D), and embeddings of the tokens before the patch (M, W, D)."""
