@@ -330,17 +330,23 @@ def test_operations_of_the_categorical_head_are_those_that_torch_counts():
     )
 
 
-def test_operations_of_the_mixture_head_are_those_that_torch_counts():
+def test_operations_of_the_mixture_head_are_those_that_torch_counts(monkeypatch):
     """The first place once for all draws, the others for each; in training every place once, whatever the number of draws."""
-    model, g = Calm(MIXTURE).eval(), torch.Generator().manual_seed(0)
-    model.head.codes()
+    g = torch.Generator().manual_seed(0)
     K, D = MIXTURE.patch_size, MIXTURE.backbone.width
     state, ids = torch.zeros(7, D * K), torch.zeros(7, K, dtype=torch.long)
-    for candidates in (1, 6):
+    for most, candidates in itertools.product(
+        (1 << 20, 0), (1, 6)
+    ):  # with a table of what every token tells, and by products
+        monkeypatch.setattr("nextvec.model.heads.mixture.MOST_TOLD", most)
+        monkeypatch.setattr("nextvec.evaluate.head_cost.MOST_TOLD", most)
+        model = Calm(MIXTURE).eval()
+        with torch.no_grad():
+            model.draw_latents(state[:1], 1, g)  # makes the tables
         found = calm_cost(MIXTURE, candidates=candidates).inference_split
         drawing = found.vocabulary - candidates * 2 * 50 * MIXTURE.autoencoder.width  # less what decoding takes
         with torch.no_grad():
-            whole = counted(lambda n=candidates: model.draw_latents(state[:1], n, g))
+            whole = counted(lambda model=model, n=candidates: model.draw_latents(state[:1], n, g))
         assert whole == pytest.approx((found.head + drawing) * K)
     training = calm_cost(MIXTURE, draws=3).training_split
     with torch.no_grad():

@@ -17,18 +17,19 @@ from nextvec.evaluate.windows import Batch
 from nextvec.model.calm import Calm
 from nextvec.model.heads.mixture import MixtureHead
 from nextvec.model.init import initialise
+from nextvec.model.text_states import vector_of
 
 VOCAB, K, E, D = 7, 3, 4, 12
 
 
-def calm(blocks: int = 1, patch_size: int = K) -> Calm:
+def calm(blocks: int = 1, patch_size: int = K, recall: int = 0) -> Calm:
     """Random parameters everywhere in float64."""
     config = CalmConfig(
         autoencoder=AutoencoderConfig(
             vocab_size=VOCAB, patch_size=patch_size, width=16, inner=24, latent=patch_size * E, factored=True
         ),
         backbone=BackboneConfig(layers=1, width=D, inner=20, heads=2),
-        head=MixtureHeadConfig(blocks=blocks),
+        head=MixtureHeadConfig(blocks=blocks, recall=recall),
     )
     model = Calm(config).double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
@@ -105,6 +106,34 @@ def test_draws_have_its_law() -> None:
     token = int(tokens[:, 1].mode().values)
     torch.testing.assert_close(first.mean(0), codes.mean[token], rtol=0.0, atol=0.1)
     torch.testing.assert_close(first.std(0), codes.std[token], rtol=0.1, atol=0.0)
+
+
+@pytest.mark.parametrize("given", [(), (5,)])
+@pytest.mark.parametrize("most_told", [0, 1 << 20])
+@pytest.mark.parametrize("recall", [0, 2])
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4])
+def test_each_token_drawn_is_where_the_law_passes_its_random_number(
+    patch_size: int, recall: int, most_told: int, given: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draws go by tables of what tokens tell the places after them, laws by the text as a whole."""
+    monkeypatch.setattr("nextvec.model.heads.mixture.MOST_TOLD", most_told)
+    model, draws, given = calm(2, patch_size, recall), 6, given[: patch_size - 1]
+    head, states = head_of(model), model.states(patches(2, 3, patch_size=patch_size))
+    share = torch.rand(draws, 6, patch_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    flat = vector_of(states).flatten(0, -2)
+    chosen = torch.cat(
+        [head._chosen(flat[rows], asking, share[:, rows], None, given) for rows, asking in head.askings(states)], dim=1
+    ).view(draws, 2, 3, patch_size)
+    if given:
+        assert (chosen[..., 0] == 5).all()
+    for draw, row, patch in product(range(draws), range(2), range(3)):
+        for place in range(len(given), patch_size):
+            every = chosen[draw, row, patch].repeat(VOCAB, 1)
+            every[:, place] = torch.arange(VOCAB)
+            below = head.log_probabilities(states[row, patch].expand(VOCAB, -1), every)[:, place].exp().cumsum(0)
+            point, token = float(share[draw, 3 * row + patch, place]), int(chosen[draw, row, patch, place])
+            assert (float(below[token - 1]) if token else 0.0) <= point + 1e-12
+            assert point <= float(below[token]) + 1e-12
 
 
 def test_a_draw_is_one_of_the_places_in_turn() -> None:

@@ -23,7 +23,7 @@ from nextvec.model.calm import Calm
 from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.heads.mixture import MixtureHead
 from nextvec.model.init import initialise
-from nextvec.model.recall import DIM, Recall, Tokens, pair_at
+from nextvec.model.recall import DIM, Recall, Tokens, pair_at, queries
 from nextvec.model.text_states import TextStates, join, vector_of
 from nextvec.model.token_lm import TokenLM
 from nextvec.sampling.engine import Engine
@@ -262,7 +262,7 @@ def test_fresh_keys_are_the_queries_and_equal_pairs_find_each_other() -> None:
     tokens_of = Tokens(lambda: table, lambda ids: table[ids], (table,))
     parts = recall.parts(tokens_of, 50)
     memory = recall.memory(text, parts)
-    query = recall._split(recall._query(pair_at(text, torch.tensor([[10]])), parts))
+    query = recall._split(queries(pair_at(text, torch.tensor([[10]])), parts))
     weights = (query @ memory.keys.transpose(-1, -2) / DIM**0.5).softmax(-1)[0, 0, 0]
     assert int(weights.argmax()) == 10
     assert float(weights[10]) > 0.5

@@ -49,7 +49,8 @@ def operations(model: Calm | TokenLM, sampling: Sampling, context_tokens: int) -
     if isinstance(model, Calm):
         law = sampling.for_model(abilities(model)).law
         settings["candidates"] = 1 if law.single else law.candidates
-        settings["decoded"] = 1 if law.method == "centre" else None
+        by_means = law.method == "token" and law.temperature < 1  # whose decoding is read from a table
+        settings["decoded"] = 1 if law.method == "centre" else 0 if by_means and model.has_latents else None
     return cost(model.config, **settings).inference_split.total
 
 

@@ -16,6 +16,7 @@ from nextvec.config import (
     EnergyHeadConfig,
     MixtureHeadConfig,
 )
+from nextvec.model.heads.mixture import MOST_TOLD
 from nextvec.model.recall import DIM
 
 WAVES = 256  # numbers in the time embedding of the flow, diffusion and categorical heads
@@ -63,11 +64,14 @@ def head_cost(config: CalmConfig, split: bool, context: int) -> HeadCost:
     if isinstance(head, MixtureHeadConfig):
         K, logits = config.patch_size, 2 * config.vocab_size * D
         asked, told = recall_operations(head.recall, D, context * K)
-        place = 2 * (max(1, K - 1) * square + 3 * head.blocks * square) + asked
+        window, place = max(1, K - 1), 6 * head.blocks * square + asked
+        once = 2 * K * square + K * 2 * window * square  # slots, and what the tokens before the patch tell its places
+        known = config.vocab_size * window * (D + head.recall * DIM) <= MOST_TOLD
+        tells = 0 if known else 2 * window * (D + head.recall * DIM) * D  # by each token drawn but the last
         return HeadCost(
-            once=2 * K * square + place,
-            per_draw=(K - 1) * place,
-            trained_once=2 * K * square + K * (place + told),
+            once=once + place,
+            per_draw=(K - 1) * (place + tells),
+            trained_once=once + K * (place + told),
             trained_per_draw=0,
             vocabulary_once=logits,
             vocabulary_per_draw=(K - 1) * logits,

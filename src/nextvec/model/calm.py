@@ -202,16 +202,20 @@ class Calm(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """A patch (..., K) int64 for each state (..., D), each token by what `sharpen` makes of its law; and its latent, if any.
 
-        given: fewer than K ids that the patches begin with.
+        A sharpened law leaves a latent no noise of its own: it is the mean of its tokens' Gaussians. given: fewer than K ids
+        that the patches begin with.
         """
         assert self.by_token, "this head has no law of single tokens"
         head: Any = self.head
-        drawn = head.draw(state_ND, 1, generator, sharpen, given)[0]
         if not self.has_latents:
-            return drawn, None
-        patch = self.autoencoder.decode_tokens(drawn)
+            return head.draw(state_ND, 1, generator, sharpen, given)[0], None
+        if sharpen is None:
+            latent = head.draw(state_ND, 1, generator, given)[0]
+            patch = self.autoencoder.decode_tokens(latent)
+        else:
+            latent, patch = head.at_means(head.pick(state_ND, 1, generator, sharpen, given)[0])
         patch[..., : len(given)] = torch.tensor(given, dtype=patch.dtype, device=patch.device)
-        return patch, drawn
+        return patch, latent
 
     @torch.no_grad()
     def teacher(self, ids_NK: Tensor) -> Posterior:

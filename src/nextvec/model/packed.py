@@ -141,6 +141,14 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
     return y
 
 
+def product_with(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x -> x W^T + b for inference; with a packed W where there is one."""
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and can_pack():
+        packed = pack(weight)
+        return lambda x: packed_linear(x, packed, bias)
+    return lambda x: F.linear(x, weight, bias)
+
+
 def _operations(x: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
     """Operations of a packed product, a multiply-add counted as 2, for torch's counter."""
     return 2 * math.prod(x) * int(out_shape[-1])

@@ -111,15 +111,17 @@ class Recall(nn.Module):
         keys, dtype = _after(last + _after(before)), rotary_dtype(value)
         return Memory(self._split(keys).to(dtype), self._split(value).to(dtype))
 
-    def ask(self, memory: Memory, pair_RQS2: Tensor, seen_RQ: Tensor, parts: Parts, apart: bool = False) -> Tensor:
-        """Answers (R, Q, S, D) to S pairs of ids at each of Q places of a text: the one before the last, -1 for none, the last.
+    def ask(
+        self, memory: Memory, query_RNC: Tensor, seen_RQ: Tensor, apart: bool = False, all_seen: bool = False
+    ) -> Tensor:
+        """Answers (R, N, D) to the queries (R, N, H E) of Q places of a text, equally many of each.
 
         seen: how many tokens of its text each place may see, at least one. apart: each place by itself, over exactly those, so
-        that its bits depend on no other.
+        that its bits depend on no other. all_seen: `sees_all`.
         """
-        _, Q, S, _ = pair_RQS2.shape
-        query = self._split(self._query(pair_RQS2, parts).flatten(1, 2)).to(memory.keys.dtype)
-        if not apart and _sees_all(seen_RQ, memory):
+        S = query_RNC.shape[1] // seen_RQ.shape[1]
+        query = self._split(query_RNC).to(memory.keys.dtype)
+        if all_seen and not apart:
             mixed = F.scaled_dot_product_attention(query, *memory)
         elif not apart:
             seen = seen_RQ[:1] if seen_RQ.stride(0) == 0 else seen_RQ  # of whole texts: one mask for all
@@ -131,7 +133,7 @@ class Recall(nn.Module):
                     one = slice(row, row + 1), slice(None), slice(place * S, (place + 1) * S)
                     keys, values = (each[row : row + 1, :, :count] for each in memory)
                     mixed[one] = F.scaled_dot_product_attention(query[one], keys, values)
-        return self._answer(mixed).unflatten(1, (Q, S))
+        return self._answer(mixed)
 
     def ask_branches(self, ids_BT: Tensor, own_BNm: Tensor, at_N: Tensor, parts: Parts) -> Tensor:
         """Answers (B, N, D) after tokens 0..at[n] of a text and m tokens of each branch's own, all of which it sees."""
@@ -147,17 +149,12 @@ class Recall(nn.Module):
             self.memory(ids_BT, parts),
             torch.arange(ids_BT.shape[1], device=at_N.device) > at_N[:, None],
         )
-        query = self._split(self._query(line_BNm[:, :, -2:], parts))
+        query = self._split(queries(line_BNm[:, :, -2:], parts))
         return self._answer(attend_branch(query, (memory.keys, memory.values), own, hidden_NT))
 
     def texts_at_once(self, tokens: int) -> int:
         """Texts of so many tokens that are asked together where no gradient is wanted."""
         return max(1, MOST_KEYS // (tokens * self.heads * DIM))
-
-    def _query(self, pair_N2: Tensor, parts: Parts) -> Tensor:
-        """(..., H E) of pairs of ids (..., 2)."""
-        before, last = pair_N2.unbind(-1)
-        return parts.last(last) + parts.before(before)
 
     def _split(self, x: Tensor) -> Tensor:
         """(R, T, H * E) -> (R, H, T, E)."""
@@ -185,8 +182,16 @@ class Recall(nn.Module):
         return self._kept.of([*tokens.made_of, self.query.weight, self.key.weight, self.value.weight], make)
 
 
-def pair_at(ids_RT: Tensor, seen_RQ: Tensor) -> Tensor:
+def queries(pair_N2: Tensor, parts: Parts) -> Tensor:
+    """(..., H E) of pairs of ids (..., 2): the one before the last, -1 for none, and the last."""
+    before, last = pair_N2.unbind(-1)
+    return parts.last(last) + parts.before(before)
+
+
+def pair_at(ids_RT: Tensor, seen_RQ: Tensor, all_seen: bool = False) -> Tensor:
     """The last two of the first `seen` ids, (R, Q, 2): the one before the last, -1 for none, and the last."""
+    if all_seen and ids_RT.shape[1] > 1:
+        return ids_RT[:, None, -2:].expand(-1, seen_RQ.shape[1], -1)
     before, last = (ids_RT.gather(1, (seen_RQ - back).clamp(min=0)) for back in (2, 1))
     return torch.stack((before.masked_fill(seen_RQ < 2, -1), last), dim=-1)
 
@@ -200,9 +205,9 @@ def _after(x_RTC: Tensor) -> Tensor:
     return F.pad(x_RTC[:, :-1], (0, 0, 1, 0))
 
 
-def _sees_all(seen_RQ: Tensor, memory: Memory) -> bool:
-    """Whether every place sees all there is, as where single texts go on. Asked on a CPU alone, where that costs no wait."""
-    return seen_RQ.device.type == "cpu" and int(seen_RQ.min()) >= memory.keys.shape[2]
+def sees_all(seen_RQ: Tensor, ids_RT: Tensor) -> bool:
+    """Whether every place sees its whole text, as where single texts go on. Asked on a CPU alone, where that costs no wait."""
+    return seen_RQ.device.type == "cpu" and int(seen_RQ.min()) >= ids_RT.shape[1]
 
 
 def _attend(query_RHQE: Tensor, memory: Memory, seen_RQ: Tensor) -> Tensor:

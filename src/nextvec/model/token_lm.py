@@ -17,7 +17,7 @@ from nextvec.config import TokenLMConfig
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.layers import embedded
-from nextvec.model.recall import Recall, Tokens, pair_at, unit_tokens
+from nextvec.model.recall import Recall, Tokens, pair_at, queries, sees_all, unit_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,9 +66,10 @@ class TokenLM(nn.Module):
         if not apart and text_BT.shape[1] == ids_BPK.shape[1]:  # nothing was held
             return self.backbone(self._whole(ids_BPK[..., 0]), cache)
         parts = self.recall.parts(self._tokens(), text_BT.numel())
-        pair_BP12 = pair_at(text_BT, seen_BP)[:, :, None]
-        found = self.recall.ask(self.recall.memory(text_BT, parts), pair_BP12, seen_BP, parts, apart)
-        return self.backbone(self._embedded(ids_BPK[..., 0]) + found[:, :, 0], cache)
+        all_seen = sees_all(seen_BP, text_BT)
+        query_BPC = queries(pair_at(text_BT, seen_BP, all_seen), parts)
+        found_BPD = self.recall.ask(self.recall.memory(text_BT, parts), query_BPC, seen_BP, apart, all_seen)
+        return self.backbone(self._embedded(ids_BPK[..., 0]) + found_BPD, cache)
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` tokens."""

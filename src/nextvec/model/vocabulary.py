@@ -59,11 +59,13 @@ class Vocabulary:
         """The token (N,) with the largest logit for hidden states (N, D), the same inside autocast, which is left out here."""
         if x_ND.shape[0] == 0:
             return torch.zeros(0, dtype=torch.int64, device=x_ND.device)
+        if torch.is_autocast_enabled(x_ND.device.type):
+            with torch.autocast(x_ND.device.type, enabled=False):
+                return self.argmax(x_ND)
         rows = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
-        with torch.autocast(x_ND.device.type, enabled=False):
-            if len(x_ND) <= rows:
-                return self._chunk(x_ND)
-            return torch.cat([self._chunk(x) for x in x_ND.split(rows)])
+        if len(x_ND) <= rows:
+            return self._chunk(x_ND)
+        return torch.cat([self._chunk(x) for x in x_ND.split(rows)])
 
     def _chunk(self, x_ND: Tensor) -> Tensor:
         if not self.quick:

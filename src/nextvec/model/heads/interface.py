@@ -24,8 +24,9 @@ class Head(Protocol):
     A head of latents draws latents, which the autoencoder decodes, and a head of tokens draws patches. It learns from the
     autoencoder's posterior, or from the patch itself.
 
-    by_token: it knows the law of each token of a patch given those before it. Its `draw` then also takes `sharpen`, by what of
-    its law each token is drawn (None: by the law itself), and `given`, fewer than K ids that every patch begins with.
+    by_token: it knows the law of each token of a patch given those before it. Its `draw` then also takes `given`, fewer than K
+    ids that every patch begins with, and the `draw` of a head of tokens, or the `pick` of one of latents, `sharpen`: by what of
+    its law each token is drawn (None: by the law itself).
     """
 
     latents: ClassVar[bool]
@@ -77,7 +78,8 @@ def noise(
 
     if isinstance(generator, Sequence):
         assert len(generator) == len(like_ND), "one generator per state"
-        return torch.stack([values((draws, size), each) for each in generator], dim=1)
+        each = [values((draws, size), one) for one in generator]
+        return each[0][:, None] if len(each) == 1 else torch.stack(each, dim=1)
     return values((draws, *like_ND.shape[:-1], size), generator)
 
 

@@ -1,12 +1,13 @@
 """Mixture head: the latent of each place is one of V Gaussians, the codes of a factored autoencoder (docs/heads.md).
 
 Legend: S draws, N positions (any leading dimensions), D width, K tokens per patch, L latent, E = L / K dimensions of a token,
-V vocabulary, W = max(1, K - 1) tokens that a place reads.
+V vocabulary, W = max(1, K - 1) tokens that a place reads, C = D and the numbers of a query to recall, X numbers of a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,11 +18,13 @@ from nextvec.config import CalmConfig, MixtureHeadConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
-from nextvec.model.heads.recalling import Asking, Recalls, next_pair
+from nextvec.model.heads.recalling import Asking, Recalls
 from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU, normed_rows
-from nextvec.model.packed import Kept
-from nextvec.model.recall import Recall, Tokens
+from nextvec.model.packed import Kept, product_with
+from nextvec.model.recall import Recall, Tokens, queries
 from nextvec.model.text_states import States, vector_of
+
+MOST_TOLD = 1 << 25  # numbers in the table of what every token tells the places after it
 
 
 class MixtureHead(CodeBook, Recalls, nn.Module):
@@ -61,6 +64,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         self.output = nn.Linear(width, config.vocab_size, bias=False)
         self.recall = Recall(width, config.head.recall) if config.head.recall else None
         self._units = Kept[Tensor]()
+        self._told = Kept[Callable[[Tensor], Tensor]]()
 
     def zero_initialised(self) -> list[Tensor]:
         """The blocks begin as the identity."""
@@ -91,7 +95,16 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         return torch.cat(parts).view(ids_NK.shape)
 
     @torch.no_grad()
-    def draw(
+    def draw(self, state_ND: States, draws: int, generator: Generators | None, given: Sequence[int] = ()) -> Tensor:
+        """S independent draws, (S, ..., L), for states (..., D); see `Head`. The first place is read once for all draws."""
+        ids = self.pick(state_ND, draws, generator, given=given).view(draws, -1, self.patch_size)
+        size = self.patch_size * self.codes().mean.shape[1]
+        eps = noise("normal", vector_of(state_ND), draws, size, generator, wide(self.output.weight.dtype))
+        z = self._latents(ids, eps.view(draws, -1, size))
+        return z.view(draws, *state_ND.shape[:-1], -1).to(self.output.weight.dtype)
+
+    @torch.no_grad()
+    def pick(
         self,
         state_ND: States,
         draws: int,
@@ -99,43 +112,80 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         sharpen: Sharpen | None = None,
         given: Sequence[int] = (),
     ) -> Tensor:
-        """S independent draws, (S, ..., L), for states (..., D); see `Head`. The first place is read once for all draws.
-
-        Gaussians are picked by the sharpened law; their spread stays.
-        """
+        """The Gaussians of S draws, (S, ..., K) int64, each picked by what `sharpen` makes of its law; see `Head`."""
         vector_ND = vector_of(state_ND)
-        vector_MD = vector_ND.reshape(-1, vector_ND.shape[-1]).to(self.output.weight.dtype)
-        dtype = wide(vector_MD.dtype)
+        vector_MX = vector_ND.reshape(-1, vector_ND.shape[-1]).to(self.output.weight.dtype)
+        dtype = wide(vector_MX.dtype)
         share = noise("uniform", vector_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
         share = share * (1 - torch.finfo(dtype).eps)  # none may round up to the whole law, behind its last token
-        eps = noise("normal", vector_ND, draws, self.patch_size * self.codes().mean.shape[1], generator, dtype)
         chosen = [
-            self._chosen(vector_MD[states], asking, share[:, states], sharpen, given)
+            self._chosen(vector_MX[states], asking, share[:, states], sharpen, given)
             for states, asking in self.askings(state_ND)
         ]
-        z = self._latents(torch.cat(chosen, dim=1), eps)
-        return z.view(draws, *vector_ND.shape[:-1], -1).to(vector_MD.dtype)
+        ids = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+        return ids.view(draws, *vector_ND.shape[:-1], self.patch_size)
 
     def _chosen(
-        self, state_MD: Tensor, asking: Asking | None, share: Tensor, sharpen: Sharpen | None, given: Sequence[int]
+        self, state_MX: Tensor, asking: Asking | None, share: Tensor, sharpen: Sharpen | None, given: Sequence[int]
     ) -> Tensor:
         """Tokens (S, M, K) picked by the shares (S, M, K), place after place."""
-        slots, before = self._split(state_MD)
-        chosen = [torch.full_like(share[..., 0], token, dtype=torch.int64) for token in given]
-        pair_MS2 = None if asking is None else asking.tail[:, None]
-        if not given:
-            hidden_MD = self._hidden(self._slot(slots[None, :, 0], before.flatten(-2), asking, pair_MS2)[0])
-            chosen.append(self._picked(hidden_MD, share[..., 0].T, sharpen).T)
-        before = before.expand(len(share), *before.shape)
-        for place in range(1, self.patch_size):
-            ids_SM = chosen[place - 1]
-            before = torch.cat((before[..., 1:, :], self._embedded(ids_SM)[..., None, :]), dim=-2)
-            pair_MS2 = None if pair_MS2 is None else next_pair(pair_MS2, ids_SM.T)
-            if place >= len(given):
-                hidden_SMD = self._hidden(self._slot(slots[:, place], before.flatten(-2), asking, pair_MS2))
-                picked = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
-                chosen.append(picked.view_as(ids_SM))
+        draws, states, _ = share.shape
+        line_SMKC = self._line(state_MX, asking)[None]  # S is 1 until draws differ
+        chosen: list[Tensor] = []
+        for place in range(self.patch_size):
+            if place < len(given):
+                ids_SM = torch.full((1, states), given[place], device=share.device)
+            else:
+                hidden_SMD = self._hidden(self._looked_up(line_SMKC.select(2, 0), asking))
+                if len(hidden_SMD) == 1:
+                    ids_SM = self._picked(hidden_SMD[0], share[..., place].T, sharpen).T
+                else:
+                    ids_SM = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
+                    ids_SM = ids_SM.view(draws, states)
+            chosen.append(ids_SM.expand(draws, -1))
+            left = self.patch_size - place - 1
+            if left:
+                line_SMKC = line_SMKC.narrow(2, 1, left) + self._tells(ids_SM).narrow(2, 0, left)
         return torch.stack(chosen, dim=-1)
+
+    def _line(self, state_MX: Tensor, asking: Asking | None) -> Tensor:
+        """What the places of a patch read of the text before it, (M, K, C): numbers for the blocks, and a query to recall."""
+        state_MD, before_MWD = self._split(state_MX)
+        x_MKD = self._slots(state_MD) + self._windows(F.pad(before_MWD, (0, 0, 0, self.patch_size - 1)))
+        if asking is None:
+            return x_MKD
+        first, second = queries(asking.tail, asking.parts), asking.parts.before(asking.tail[:, 1])
+        query = torch.stack((first, second)[: self.patch_size], dim=1)
+        return torch.cat((x_MKD, F.pad(query, (0, 0, 0, self.patch_size - query.shape[1]))), dim=-1)
+
+    def _tells(self, ids_N: Tensor) -> Tensor:
+        """What tokens add to the W places after them, (..., W, C); by a table of the vocabulary where that is not large."""
+        recall = None if self.recall is None else self.recall.query.weight
+        made_of = [self.embedding.weight, self.embedding_norm.weight, self.before.weight]
+        if recall is not None:
+            made_of.append(recall)
+
+        def make() -> Callable[[Tensor], Tensor]:
+            steps = list(self.before.weight.chunk(self.window, dim=1)[::-1])  # the next place's first
+            if recall is not None:
+                asks = recall.chunk(2, dim=1)
+                blank = torch.zeros_like(asks[0])
+                steps = [torch.cat((step, asks[at] if at < 2 else blank)) for at, step in enumerate(steps)]
+            matrix = torch.cat(steps)
+            if len(matrix) * self.embedding.num_embeddings > MOST_TOLD:
+                product = product_with(matrix)
+                return lambda ids: product(self._embedded(ids))
+            weight = self.embedding.weight
+            return partial(F.embedding, weight=F.linear(self.embedding_norm(weight), matrix))
+
+        return self._told.of(made_of, make)(ids_N).unflatten(-1, (self.window, -1))
+
+    def _looked_up(self, line_SMC: Tensor, asking: Asking | None) -> Tensor:
+        """What the blocks read at one place of S draws, (S, M, D)."""
+        if asking is None:
+            return line_SMC
+        x_SMD, query_SMC = line_SMC.tensor_split((self.width,), dim=-1)
+        return x_SMD + self.answers_to(asking, query_SMC.transpose(0, 1)).transpose(0, 1)
 
     def latents_of(self, ids_NK: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
         """S latents of given patches (..., K), each place from its token's Gaussian: (S, ..., L)."""
@@ -153,26 +203,26 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         weight, norm = self.embedding.weight, self.embedding_norm
         return F.embedding(ids, self._units.of((weight, norm.weight), lambda: norm(weight)))
 
-    def _split(self, state_MD: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots (M, K, D), and embeddings of the tokens before the patch (M, W, D)."""
-        state, context = state_MD.split((self.width, self.window * self.width), dim=-1)
-        return self.slots(state).unflatten(-1, (self.patch_size, -1)), context.unflatten(-1, (self.window, -1))
+    def _split(self, state_MX: Tensor) -> tuple[Tensor, Tensor]:
+        """What the backbone made of the text (M, D), and embeddings of the tokens before the patch (M, W, D)."""
+        state, context = state_MX.tensor_split((self.width,), dim=-1)
+        return state, context.unflatten(-1, (self.window, -1))
+
+    def _slots(self, state_MD: Tensor) -> Tensor:
+        return self.slots(state_MD).unflatten(-1, (self.patch_size, -1))
+
+    def _windows(self, line_MTD: Tensor) -> Tensor:
+        """What the W tokens before each place of a patch tell it, (M, K, D), of W + K - 1 tokens."""
+        windows = [line_MTD[:, place : place + self.window] for place in range(self.patch_size)]
+        return self.before(torch.stack(windows, dim=1).flatten(-2))
 
     def _read(self, state_ND: States, ids_MK: Tensor) -> Tensor:
         """What `output` is multiplied with at every place of whole patches, (M, K, D)."""
-        vector_ND = vector_of(state_ND)
-        slots, before = self._split(vector_ND.flatten(0, -2))
+        state, before = self._split(vector_of(state_ND).flatten(0, -2))
         own = self._embedded(ids_MK[:, :-1]).to(before.dtype)
-        line = torch.cat((before, own), dim=1)
-        windows = torch.stack([line[:, place : place + self.window] for place in range(self.patch_size)], dim=1)
-        x = slots + self.before(windows.flatten(-2))
+        x = self._slots(state) + self._windows(torch.cat((before, own), dim=1))
         found = self.answers_along(state_ND, ids_MK)
         return self._hidden(x if found is None else x + found.to(x.dtype))
-
-    def _slot(self, slots_MD: Tensor, before: Tensor, asking: Asking | None, pair_MS2: Tensor | None) -> Tensor:
-        """What the blocks read at one place of S draws, (S, M, D)."""
-        x = slots_MD + self.before(before)
-        return x if asking is None or pair_MS2 is None else x + self.answers(asking, pair_MS2).transpose(0, 1)
 
     def _latents(self, ids: Tensor, eps: Tensor) -> Tensor:
         codes = self.codes()
@@ -191,9 +241,9 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
     def _picked(self, hidden_RD: Tensor, share_Rn: Tensor, sharpen: Sharpen | None) -> Tensor:
         """Tokens (R, n) at which the cumulated law of each row passes these shares of it; for a chunk of rows at a time."""
         rows = max(1, CHUNK_ELEMENTS // self.output.out_features)
-        parts = []
-        for hidden, share in zip(hidden_RD.split(rows), share_Rn.split(rows), strict=True):
-            logits = self._logits(hidden)
-            below = (logits if sharpen is None else sharpen(logits)).softmax(-1).cumsum(-1)
-            parts.append(torch.searchsorted(below, (share * below[:, -1:]).contiguous(), right=True))
-        return torch.cat(parts)
+        if len(hidden_RD) > rows:
+            chunks = zip(hidden_RD.split(rows), share_Rn.split(rows), strict=True)
+            return torch.cat([self._picked(hidden, share, sharpen) for hidden, share in chunks])
+        logits = self._logits(hidden_RD)
+        below = (logits if sharpen is None else sharpen(logits)).softmax(-1).cumsum(-1)
+        return torch.searchsorted(below, (share_Rn * below[:, -1:]).contiguous(), right=True)

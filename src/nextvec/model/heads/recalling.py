@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nextvec.model.recall import Memory, Parts, Recall, Tokens, pair_at
+from nextvec.model.recall import Memory, Parts, Recall, Tokens, pair_at, queries, sees_all
 from nextvec.model.text_states import States, TextStates
 
 
@@ -23,6 +23,7 @@ class Asking(NamedTuple):
     seen: Tensor  # (R, Q)
     tail: Tensor  # (R * Q, 2), the last two ids that a state has seen; -1 for none
     apart: bool
+    all_seen: bool  # every state has seen its whole text
 
 
 class Recalls:
@@ -46,16 +47,22 @@ class Recalls:
         size = len(text_RT) if whole else self.recall.texts_at_once(text_RT.shape[1])
         done = 0
         for text, seen in zip(text_RT.split(size), seen_RQ.split(size), strict=True):
-            tail = pair_at(text, seen).flatten(0, 1)
+            all_seen = sees_all(seen, text)
+            tail = pair_at(text, seen, all_seen).flatten(0, 1)
             states = slice(done, done + len(tail))
-            yield states, Asking(self.recall.memory(text, parts), parts, seen, tail, state_ND.apart)
+            yield states, Asking(self.recall.memory(text, parts), parts, seen, tail, state_ND.apart, all_seen)
             done = states.stop
 
     def answers(self, asking: Asking, pair_MS2: Tensor) -> Tensor:
         """What is found for S pairs of ids (M, S, 2) of each state, (M, S, D)."""
+        return self.answers_to(asking, queries(pair_MS2, asking.parts))
+
+    def answers_to(self, asking: Asking, query_MSC: Tensor) -> Tensor:
+        """What is found by S queries (M, S, H E) of each state, (M, S, D)."""
         assert self.recall is not None
-        pair_RQS2 = pair_MS2.unflatten(0, tuple(asking.seen.shape))
-        return self.recall.ask(asking.memory, pair_RQS2, asking.seen, asking.parts, asking.apart).flatten(0, 1)
+        query_RNC = query_MSC.reshape(len(asking.seen), -1, query_MSC.shape[-1])
+        found_RND = self.recall.ask(asking.memory, query_RNC, asking.seen, asking.apart, asking.all_seen)
+        return found_RND.view(*query_MSC.shape[:2], -1)
 
     def answers_along(self, state_ND: States, ids_MK: Tensor) -> Tensor | None:
         """What every place of whole patches finds, (M, K, D); None where nothing is looked up."""
