@@ -75,7 +75,7 @@ def test_points_count_backbone_tokens_and_all_operations(results: Path) -> None:
     grid = read_grid(results)
     assert (len(grid.points), grid.sizes, grid.missing, grid.notes) == (36, [1, 2, 4, 8], 0, ())
     assert len({point.parameters for point in grid.points}) == 3  # the same for every K of a width
-    width, inner = 64, 176
+    width, inner = 64, 168
     assert grid.of(4)[0].parameters == 4 * (4 * width**2 + width + 3 * width * inner + width) + width
     token, calm = grid.of(1)[0], grid.of(4)[0]
     assert token.flops == pytest.approx(token.tokens * flops_per_token(token.run))
@@ -113,7 +113,7 @@ def test_a_plan_spends_the_budget_and_finds_the_best(results: Path) -> None:
     for each in made.choices:
         widest = grid.of(each.K)[-1]
         backbone = widest.run.model.backbone.override(  # type: ignore[union-attr]
-            width=each.width, inner=8 * round(688 * each.width / 256 / 8), heads=each.width // 64
+            width=each.width, inner=8 * round(512 * each.width / 192 / 8), heads=each.width // 64
         )
         run = widest.run.override(model=widest.run.model.override(backbone=backbone))
         assert each.tokens * flops_per_token(run) + encoder_flops(widest.encoder) == pytest.approx(3e13)
@@ -160,10 +160,10 @@ def test_sizes_within_one_standard_error_are_a_tie(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_grid_gives_a_law_of_what_is_there(tmp_path: Path) -> None:
-    out = write(tmp_path / "law", power, keep=lambda name: "2.4M" not in name and name != "D=0.6M, width=256, K=8")
-    damaged = next(out.glob("rows/lm/D=1.2M-width=*K=8/*/result.json"))
+    out = write(tmp_path / "law", power, keep=lambda name: "1.6M" not in name and name != "D=0.4M, width=192, K=8")
+    damaged = next(out.glob("rows/lm/D=0.8M-width=*K=8/*/result.json"))
     write_json(damaged, read_json(damaged, "row") | {"failed": "training stopped at step 3", "brier": None})
-    for path in list(out.glob("rows/lm/*1.2M*K=8/*/result.json"))[1:]:
+    for path in list(out.glob("rows/lm/*0.8M*K=8/*/result.json"))[1:]:
         path.unlink()
     grid = read_grid(out)
     assert grid.sizes == [1, 2, 4]
@@ -186,8 +186,8 @@ def test_what_gives_no_law_is_refused(results: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no law yet: .* run `nextvec sweep law --out .*` first"):
         read_grid(tmp_path / "none")
     with pytest.raises(ConfigError, match="too few finished rows for a law"):
-        read_grid(write(tmp_path / "one", power, keep=lambda name: "0.6M" in name))
-    few = read_grid(write(tmp_path / "few", power, keep=lambda name: "K=1" in name and "256" not in name))
+        read_grid(write(tmp_path / "one", power, keep=lambda name: "0.4M" in name))
+    few = read_grid(write(tmp_path / "few", power, keep=lambda name: "K=1" in name and "192" not in name))
     assert len(few.points) == 6
     with pytest.raises(
         ConfigError, match="has 5 finished rows that can be used, and a law of 1 sizes of patch takes 6"
@@ -198,7 +198,7 @@ def test_what_gives_no_law_is_refused(results: Path, tmp_path: Path) -> None:
     def changed(name: str, change: Callable[[dict[str, Any]], None]) -> Path:
         out = tmp_path / name
         shutil.copytree(results, out)
-        path = next(out.glob("rows/lm/*0.6M*64*K=4/*/result.json"))
+        path = next(out.glob("rows/lm/*0.4M*64*K=4/*/result.json"))
         record = read_json(path, "row")
         change(record)
         write_json(path, record)

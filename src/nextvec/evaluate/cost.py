@@ -163,8 +163,8 @@ def calm_cost(
 
     `context`: patches attended; `draws`: S, the model's or, of heads with a solver, the teacher's; `candidates`: draws taken and
     decoded per step at inference (1: plain sampling; N of the batch temperature sampler); `decoded`: of these, where fewer
-    are decoded (1 for the mean of their latents, 0 for the means of known Gaussians); `auxiliary`: count the cross-entropy of the `fast` recipe in training. A
-    model that reads latents encodes each patch at inference, too.
+    are decoded (1 for the mean of their latents, 0 for the means of known Gaussians); `auxiliary`: count the cross-entropy of
+    the `fast` recipe in training. A model that reads latents encodes each patch at inference, too.
     """
     K, D, V = config.patch_size, config.backbone.width, config.vocab_size
     attention, mlp = backbone_operations(config.backbone, context)
