@@ -411,6 +411,57 @@ def test_a_measured_rate_is_kept_and_asked_once(tmp_path: Path) -> None:
     assert planned(run) == pytest.approx(128 * flops_per_token(run) / 1e6)
 
 
+def test_models_that_are_compared_are_measured_in_turn_until_the_least_of_each_has_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from nextvec.sweep import estimate
+
+    first, *_ = (job.run for job in make_jobs(spec_of(), one_second, STUB))
+    wide = first.override(optim=first.optim.override(name="adamw" if first.optim.name == "muon" else "muon"))
+    known = first.override(data=first.data.override(rows=first.data.rows + 1))
+    rates = Rates(tmp_path / "rates.json", torch.device("cpu"))
+    rates.found[rates.key(known)] = {"seconds": 7.0, "how": "measured"}
+    script = {rates.key(first): [5.0] * 4 + [3.0] + [4.0] * 99, rates.key(wide): [2.0] * 99}
+    calls: list[str] = []
+
+    class Scripted:
+        def __init__(self, run: Any, folder: Path, device: Any) -> None:
+            self.key, self.taken = rates.key(run), []  # type: ignore[var-annotated]
+
+        def __call__(self) -> bool:
+            calls.append(self.key)
+            before = min(self.taken, default=float("inf"))
+            self.taken.append(script[self.key][len(self.taken)])
+            return self.taken[-1] < before
+
+        def entry(self) -> dict[str, Any]:
+            return {"seconds": min(self.taken), "how": "measured"}
+
+    monkeypatch.setattr(estimate, "_TimedStep", Scripted)
+    rates.in_turn([first, known, wide, first])
+    assert [rates(run) for run in (first, wide, known)] == [3.0, 2.0, 7.0], "the quickest, though it came late"
+    assert calls == [rates.key(first), rates.key(wide)] * (5 + estimate.SETTLED), (
+        "one after the other, then quiet rounds"
+    )
+    assert set(json.loads((tmp_path / "rates.json").read_text())) == set(rates.found)
+    calls.clear()
+    rates.in_turn([first, known, wide])
+    assert not calls
+
+
+def test_steps_in_turn_are_real_ones(tmp_path: Path) -> None:
+    import torch
+
+    first, *_ = (job.run for job in make_jobs(spec_of(), one_second, STUB))
+    more = first.override(data=first.data.override(rows=4 * first.data.rows))
+    rates = Rates(tmp_path / "rates.json", torch.device("cpu"))
+    rates.in_turn([first, more])
+    assert all(rates(run) > 0 for run in (first, more))
+    assert all(entry["how"].startswith("measured") for entry in rates.found.values())
+
+
 def test_an_interrupted_begin_leaves_a_folder_that_goes_on(tmp_path: Path) -> None:
     spec = spec_of()
     jobs = make_jobs(spec, one_second, STUB)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,11 @@ from nextvec.sweep.spec import SweepSpec
 
 MEASURED_STEPS = 3  # after one for warm-up; the quickest counts: a machine has other work, too
 MEASURED_SECONDS = 1.0  # or fewer steps, once so much time has been measured
+SETTLED = (
+    6  # rounds in turn, none of which took less than FALLEN of the least before, after which rates count as settled
+)
+FALLEN = 0.99
+LONGEST = 90.0  # seconds of rounds at most
 BUSY = (
     1.2  # processes that want to run, per core, from which on a step's processor time over its threads counts instead
 )
@@ -81,34 +87,80 @@ class Rates:
         return digest({**plain, "device": self.device.type})[:12]
 
     def _measure(self, run: RunConfig) -> dict[str, Any]:
-        counted = self.counted(run)
+        if self.flops is not None or not self._measurable(run):
+            return {"seconds": self.counted(run), "how": "counted"}
+        with TemporaryDirectory() as folder:
+            timed = _TimedStep(run, Path(folder), self.device)
+            while len(timed.wall) < MEASURED_STEPS and sum(timed.wall) < MEASURED_SECONDS:
+                timed()
+        return timed.entry()
+
+    def in_turn(self, runs: Iterable[RunConfig]) -> None:
+        """Measure what is not known yet, on a CPU all in turn, until the least of each has settled.
+
+        Models that are to be compared need that: of those measured one after the other, one that meets a busy moment of the
+        machine gets fewer steps than its rival.
+        """
+        if self.device.type != "cpu" or self.flops is not None:
+            return
+        new = {self.key(run): run for run in runs if self.key(run) not in self.found}
+        new = {key: run for key, run in new.items() if self._measurable(run)}
+        if len(new) < 2:
+            return
+        with TemporaryDirectory() as folder:
+            timed = {key: _TimedStep(run, Path(folder) / key, self.device) for key, run in new.items()}
+            began, quiet = time.monotonic(), 0
+            while quiet < SETTLED and time.monotonic() - began < LONGEST:
+                fell = [step() for step in timed.values()]
+                quiet = 0 if any(fell) else quiet + 1
+        self.found |= {key: step.entry() for key, step in timed.items()}
+        if self.keep:
+            write_json(self.path, self.found)
+
+    def _measurable(self, run: RunConfig) -> bool:
         # on a busy machine the rate of products is the clock's, a tenth of its own or less
         limit = MEASURABLE * (10 if self.device.type == "cpu" and busy() else 1)
-        if self.flops is not None or counted * (1 + MEASURED_STEPS) > limit:
-            return {"seconds": counted, "how": "counted"}
-        precision = run.train.precision if run.train.precision != "auto" else choose_precision(self.device)[0]
-        with TemporaryDirectory() as folder:
-            write_text(Path(folder), run.model.vocab_size, 8 * tokens_per_step(run))
-            step = TrainStep(run, "ours", Path(folder), self.device, precision)
-            step.warm()
-            step()
-            wall: list[float] = []
-            cpu: list[float] = []
-            while len(wall) < MEASURED_STEPS and sum(wall) < MEASURED_SECONDS:
-                synchronize(self.device)
-                began = time.perf_counter(), time.process_time()
-                step()
-                synchronize(self.device)
-                wall.append(time.perf_counter() - began[0])
-                cpu.append((time.process_time() - began[1]) / torch.get_num_threads())
-        if self.device.type == "cpu" and busy():
-            return {"seconds": min(cpu), "how": "measured, processor time"}
-        return {"seconds": min(wall), "how": "measured"}
+        return self.counted(run) * (1 + MEASURED_STEPS) <= limit
 
     def counted(self, run: RunConfig) -> float:
         """Seconds of a step at the rate given, or at SHARE of this machine's measured rate of matrix products."""
         rate = self.flops or SHARE * max(matmul_rates(self.device).values())
         return tokens_per_step(run) * flops_per_token(run) / rate
+
+
+class _TimedStep:
+    """Training steps of a model on text of no meaning, timed; warm."""
+
+    def __init__(self, run: RunConfig, folder: Path, device: torch.device) -> None:
+        precision = run.train.precision if run.train.precision != "auto" else choose_precision(device)[0]
+        folder.mkdir(exist_ok=True)
+        write_text(folder, run.model.vocab_size, 8 * tokens_per_step(run))
+        self._step, self._device = TrainStep(run, "ours", folder, device, precision), device
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self._step.warm()
+        self._step()
+
+    def __call__(self) -> bool:
+        """One step; whether it was the quickest so far, by more than can be chance."""
+        synchronize(self._device)
+        began = time.perf_counter(), time.process_time()
+        self._step()
+        synchronize(self._device)
+        before = self._seconds() if self.wall else math.inf
+        self.wall.append(time.perf_counter() - began[0])
+        self.cpu.append((time.process_time() - began[1]) / torch.get_num_threads())
+        return self._seconds() < FALLEN * before
+
+    def entry(self) -> dict[str, Any]:
+        by_processor = self._by_processor()
+        return {"seconds": self._seconds(), "how": "measured, processor time" if by_processor else "measured"}
+
+    def _seconds(self) -> float:
+        return min(self.cpu if self._by_processor() else self.wall)
+
+    def _by_processor(self) -> bool:
+        return self._device.type == "cpu" and busy()
 
 
 def estimate(spec: SweepSpec, jobs: Sequence[Job], rates: Rates) -> tuple[list[Estimate], dict[Path, float]]:
