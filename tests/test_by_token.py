@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -245,24 +246,34 @@ def test_a_temperature_near_zero_draws_the_likeliest_tokens(kind: str, temperatu
         Sampling(temperature, candidates=20).for_model(abilities(calm("energy")))
 
 
-@pytest.mark.parametrize("vocab_size", [VOCAB, 9])
+@pytest.mark.parametrize("vocab_size", [VOCAB, 9, 50])
 def test_a_sharpened_law_leaves_latents_no_noise_and_the_decoder_reads_their_means(vocab_size: int) -> None:
     model = calm("mixture", vocab_size)
     assert isinstance(model.head, MixtureHead)
     state_D = model.states(torch.tensor([[[1, 2, 3]]]))[0, -1]
-    patch, latent = model.draw_by_token(state_D.expand(200, -1), torch.Generator().manual_seed(0), sharpener(0.9))
-    assert latent is not None
-    torch.testing.assert_close(model.autoencoder.decode_tokens(latent), patch)
-    means = {tuple(row) for row in model.head.codes().mean.tolist()}
-    assert {tuple(place) for place in latent.view(-1, 4).tolist()} <= means
+
+    def drawn(count: int = 200, temperature: float = 0.9) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        patch, latent = model.draw_by_token(state_D.expand(count, -1), generator, sharpener(temperature))
+        assert latent is not None
+        return patch, latent
+
+    drawn(1)  # some are known, and others asked for later
+    for changed in ("embedding", "to_latent", "from_latent", "expand", "decoder_norm"):
+        patch, latent = drawn()
+        torch.testing.assert_close(model.autoencoder.decode_tokens(latent), patch)
+        means = {tuple(row) for row in model.head.codes().mean.tolist()}
+        assert {tuple(place) for place in latent.view(-1, 4).tolist()} <= means
+        with torch.no_grad():
+            getattr(model.autoencoder, changed).weight.mul_(-1.0)  # what was read before is read again
     _, noisy = model.draw_by_token(state_D.expand(200, -1), torch.Generator().manual_seed(0), None)
     assert noisy is not None
     assert not {tuple(place) for place in noisy.view(-1, 4).tolist()} & means
-    with torch.no_grad():
-        model.autoencoder.embedding.weight.mul_(-1.0)  # what was read once is read again
-    patch, latent = model.draw_by_token(state_D.expand(200, -1), torch.Generator().manual_seed(0), sharpener(0.9))
-    assert latent is not None
-    torch.testing.assert_close(model.autoencoder.decode_tokens(latent), patch)
+    assert pickle.loads(pickle.dumps(model)) is not None, "nothing that is kept stands in the way"
+    with torch.inference_mode():
+        model.to(torch.float32)
+        drawn(1)
+    assert drawn()[1].dtype == model.dtype
 
 
 @pytest.mark.parametrize("kind", ["mixture", "autoregressive"])

@@ -91,7 +91,7 @@ def test_each_token_is_drawn_at_the_temperature(temperature: float) -> None:
         log_V = head.log_probabilities(state_D.expand(V, -1), ids_VK)[:, place]
         return (log_V / temperature).softmax(-1)
 
-    draws_SK = head.draw(state_D, S, torch.Generator().manual_seed(0), sharpener(temperature))
+    draws_SK = head.draw(state_D, S, torch.Generator().manual_seed(0), sharpen=sharpener(temperature))
     first_V = law([], 0)
     likely = int(first_V.argmax())
     second_V = law([likely], 1)

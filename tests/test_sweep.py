@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -418,7 +419,8 @@ def test_models_that_are_compared_are_measured_in_turn_until_the_least_of_each_h
 
     from nextvec.sweep import estimate
 
-    first, *_ = (job.run for job in make_jobs(spec_of(), one_second, STUB))
+    job = make_jobs(spec_of(), one_second, STUB)[0]
+    first = job.run
     wide = first.override(optim=first.optim.override(name="adamw" if first.optim.name == "muon" else "muon"))
     known = first.override(data=first.data.override(rows=first.data.rows + 1))
     rates = Rates(tmp_path / "rates.json", torch.device("cpu"))
@@ -440,25 +442,28 @@ def test_models_that_are_compared_are_measured_in_turn_until_the_least_of_each_h
             return {"seconds": min(self.taken), "how": "measured"}
 
     monkeypatch.setattr(estimate, "_TimedStep", Scripted)
-    rates.in_turn([first, known, wide, first])
+    jobs = [replace(job, run=run, autoencoder=None) for run in (first, known, wide, first)]
+    rates.in_turn(jobs)
     assert [rates(run) for run in (first, wide, known)] == [3.0, 2.0, 7.0], "the quickest, though it came late"
     assert calls == [rates.key(first), rates.key(wide)] * (5 + estimate.SETTLED), (
         "one after the other, then quiet rounds"
     )
     assert set(json.loads((tmp_path / "rates.json").read_text())) == set(rates.found)
     calls.clear()
-    rates.in_turn([first, known, wide])
+    rates.in_turn(jobs)
     assert not calls
 
 
 def test_steps_in_turn_are_real_ones(tmp_path: Path) -> None:
     import torch
 
-    first, *_ = (job.run for job in make_jobs(spec_of(), one_second, STUB))
-    more = first.override(data=first.data.override(rows=4 * first.data.rows))
+    job = make_jobs(spec_of(), one_second, STUB)[0]
+    more = job.run.override(data=job.run.data.override(rows=4 * job.run.data.rows))
     rates = Rates(tmp_path / "rates.json", torch.device("cpu"))
-    rates.in_turn([first, more])
-    assert all(rates(run) > 0 for run in (first, more))
+    rates.in_turn([job, replace(job, run=more)])
+    runs = [run for run in (job.run, more, job.autoencoder) if run is not None]
+    assert set(rates.found) == {rates.key(run) for run in runs}
+    assert all(rates(run) > 0 for run in runs)
     assert all(entry["how"].startswith("measured") for entry in rates.found.values())
 
 

@@ -71,7 +71,7 @@ def run_bakeoff(
         rates = rate or Rates(out / RATES, place)
         encoder = next((job.autoencoder for job in jobs if job.autoencoder is not None), None)
         if isinstance(rates, Rates):
-            rates.in_turn([run for job in jobs for run in (job.autoencoder, job.run) if run is not None])
+            rates.in_turn(jobs)
         steps = AUTOENCODER_LEAST if encoder is None else _autoencoder_steps(asked, rates(encoder))
         spec = spec_of(asked, vocabulary.vocab_size, steps)
         jobs = make_jobs(spec, rates, vocabulary)

@@ -18,6 +18,7 @@ from nextvec.model.token_lm import TokenLM
 from nextvec.sampling.draw import abilities
 from nextvec.sampling.generate import generate
 from nextvec.sampling.settings import Sampling
+from nextvec.sampling.temperature import sharpener
 from nextvec.sweep.estimate import busy
 from nextvec.text.tokenizer import TextTokenizer
 
@@ -49,7 +50,9 @@ def operations(model: Calm | TokenLM, sampling: Sampling, context_tokens: int) -
     if isinstance(model, Calm):
         law = sampling.for_model(abilities(model)).law
         settings["candidates"] = 1 if law.single else law.candidates
-        by_means = law.method == "token" and law.temperature < 1  # whose decoding is read from a table
+        by_means = (
+            law.method == "token" and sharpener(law.temperature, law.top_k, law.top_p) is not None
+        )  # decoded before
         settings["decoded"] = 1 if law.method == "centre" else 0 if by_means and model.has_latents else None
     return cost(model.config, **settings).inference_split.total
 

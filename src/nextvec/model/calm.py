@@ -208,12 +208,13 @@ class Calm(nn.Module):
         assert self.by_token, "this head has no law of single tokens"
         head: Any = self.head
         if not self.has_latents:
-            return head.draw(state_ND, 1, generator, sharpen, given)[0], None
+            return head.draw(state_ND, 1, generator, sharpen=sharpen, given=given)[0], None
         if sharpen is None:
-            latent = head.draw(state_ND, 1, generator, given)[0]
+            latent = head.draw(state_ND, 1, generator, given=given)[0]
             patch = self.autoencoder.decode_tokens(latent)
         else:
-            latent, patch = head.at_means(head.pick(state_ND, 1, generator, sharpen, given)[0])
+            latent, patch = head.at_means(head.pick(state_ND, 1, generator, sharpen=sharpen, given=given)[0])
+            latent = latent.to(self.dtype)
         patch[..., : len(given)] = torch.tensor(given, dtype=patch.dtype, device=patch.device)
         return patch, latent
 

@@ -56,6 +56,10 @@ class Kept(Generic[T]):
         self._state: object = None
         self.value: T | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copied and saved without it."""
+        return {"_state": None, "value": None}
+
     def of(self, weights: Sequence[Tensor], make: Callable[[], T]) -> T:
         """The same object as long as the weights are the same; made without gradients and outside of autocast."""
         state = tuple((version(weight), weight.dtype, weight.device) for weight in weights)

@@ -27,7 +27,8 @@ SETTLED = (
     6  # rounds in turn, none of which took less than FALLEN of the least before, after which rates count as settled
 )
 FALLEN = 0.99
-LONGEST = 90.0  # seconds of rounds at most
+LONGEST = 90.0  # seconds of rounds, after which no other begins
+AT_ONCE = 6  # models in memory
 BUSY = (
     1.2  # processes that want to run, per core, from which on a step's processor time over its threads counts instead
 )
@@ -95,26 +96,20 @@ class Rates:
                 timed()
         return timed.entry()
 
-    def in_turn(self, runs: Iterable[RunConfig]) -> None:
-        """Measure what is not known yet, on a CPU all in turn, until the least of each has settled.
+    def in_turn(self, jobs: Iterable[Job]) -> None:
+        """Measure the steps of jobs and their autoencoders that are not known yet, on a CPU in turn, until each has settled.
 
         Models that are to be compared need that: of those measured one after the other, one that meets a busy moment of the
         machine gets fewer steps than its rival.
         """
         if self.device.type != "cpu" or self.flops is not None:
             return
-        new = {self.key(run): run for run in runs if self.key(run) not in self.found}
-        new = {key: run for key, run in new.items() if self._measurable(run)}
-        if len(new) < 2:
-            return
-        with TemporaryDirectory() as folder:
-            timed = {key: _TimedStep(run, Path(folder) / key, self.device) for key, run in new.items()}
-            began, quiet = time.monotonic(), 0
-            while quiet < SETTLED and time.monotonic() - began < LONGEST:
-                fell = [step() for step in timed.values()]
-                quiet = 0 if any(fell) else quiet + 1
-        self.found |= {key: step.entry() for key, step in timed.items()}
-        if self.keep:
+        runs = (run for job in jobs for run in (job.autoencoder, job.run) if run is not None)
+        new = [(key, run) for key, run in {self.key(run): run for run in runs}.items() if key not in self.found]
+        new = [(key, run) for key, run in new if self._measurable(run)]
+        for start in range(0, len(new), AT_ONCE):
+            self.found |= _settled(new[start : start + AT_ONCE], self.device)
+        if new and self.keep:
             write_json(self.path, self.found)
 
     def _measurable(self, run: RunConfig) -> bool:
@@ -147,20 +142,29 @@ class _TimedStep:
         began = time.perf_counter(), time.process_time()
         self._step()
         synchronize(self._device)
-        before = self._seconds() if self.wall else math.inf
         self.wall.append(time.perf_counter() - began[0])
         self.cpu.append((time.process_time() - began[1]) / torch.get_num_threads())
-        return self._seconds() < FALLEN * before
+        taken = self.cpu if self._by_processor() else self.wall
+        return taken[-1] < FALLEN * min(taken[:-1], default=math.inf)
 
     def entry(self) -> dict[str, Any]:
-        by_processor = self._by_processor()
-        return {"seconds": self._seconds(), "how": "measured, processor time" if by_processor else "measured"}
-
-    def _seconds(self) -> float:
-        return min(self.cpu if self._by_processor() else self.wall)
+        if self._by_processor():
+            return {"seconds": min(self.cpu), "how": "measured, processor time"}
+        return {"seconds": min(self.wall), "how": "measured"}
 
     def _by_processor(self) -> bool:
         return self._device.type == "cpu" and busy()
+
+
+def _settled(runs: Sequence[tuple[str, RunConfig]], device: torch.device) -> dict[str, dict[str, Any]]:
+    """By key: steps in turn until, for SETTLED rounds, none was quicker than before by more than can be chance."""
+    with TemporaryDirectory() as folder:
+        timed = {key: _TimedStep(run, Path(folder) / key, device) for key, run in runs}
+        began, quiet = time.monotonic(), 0
+        while quiet < SETTLED and time.monotonic() - began < LONGEST:
+            fell = [step() for step in timed.values()]
+            quiet = 0 if any(fell) else quiet + 1
+    return {key: step.entry() for key, step in timed.items()}
 
 
 def estimate(spec: SweepSpec, jobs: Sequence[Job], rates: Rates) -> tuple[list[Estimate], dict[Path, float]]:

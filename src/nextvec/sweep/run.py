@@ -96,6 +96,9 @@ def run_sweep(
         corpus = open_corpus(spec, out, say)
         rates = rate or Rates(out / RATES, place)
         vocabulary = Vocabulary(corpus.tokenizer.vocab_size, corpus.tokenizer.mask_id)
+        if isinstance(rates, Rates):
+            draft = make_jobs(spec, lambda run: 1e-3, vocabulary)
+            rates.in_turn(job for job in draft if (budget := spec.budget_of(job.row)) is not None and budget.seconds)
         jobs = make_jobs(spec, rates, vocabulary)
         check_begun(out, spec, jobs)
         write_sweep(out, spec)

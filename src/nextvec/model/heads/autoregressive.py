@@ -72,6 +72,7 @@ class AutoregressiveHead(Recalls, nn.Module):
         state_ND: States,
         draws: int,
         generator: Generators | None,
+        *,
         sharpen: Sharpen | None = None,
         given: Sequence[int] = (),
     ) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.packed import Kept
 
+TOGETHER = 16  # codes that are decoded at once, at least
+
 
 class Codes(NamedTuple):
     """The posterior of every token of a factored autoencoder."""
@@ -28,7 +30,7 @@ class CodeBook:
 
     def __init__(self) -> None:
         self._autoencoder: tuple[Autoencoder, ...] = ()  # in a tuple, so that a module does not take it for its own
-        self._codes, self._decoded = Kept[Codes](), Kept[Tensor]()
+        self._codes, self._decoded = Kept[Codes](), Kept[_Decoded]()
 
     def bind(self, autoencoder: Autoencoder) -> None:
         """Take the codes from this autoencoder, whatever weights it has or gets."""
@@ -48,13 +50,47 @@ class CodeBook:
         return self._codes.of((autoencoder.embedding.weight, autoencoder.to_latent.weight), make)
 
     def at_means(self, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Of codes (..., K): the latents of their means, (..., L), and what these decode to, (..., K); read once for all."""
+        """Of codes (..., K): the latents of their means, (..., L), and what these decode to, (..., K)."""
         (autoencoder,) = self._autoencoder
-        mean, weights = self.codes().mean, (autoencoder.from_latent.weight, autoencoder.decoder_norm.weight)
+        mean_VE = self.codes().mean
+        parts = (autoencoder.to_latent, autoencoder.from_latent, autoencoder.expand, autoencoder.decoder_norm)
+        made_of = [autoencoder.embedding.weight, *(part.weight for part in parts)]
+        decoded = self._decoded.of(made_of, lambda: _Decoded(autoencoder, mean_VE))
+        return mean_VE[ids_NK].flatten(-2), decoded(ids_NK)
 
-        def make() -> Tensor:
-            size = autoencoder.config.patch_size
-            patches = F.pad(mean, (0, 0, 0, -len(mean) % size)).view(-1, size * mean.shape[1])
-            return autoencoder.decode_tokens(patches).flatten()[: len(mean)]
 
-        return mean[ids_NK].flatten(-2), self._decoded.of((autoencoder.embedding.weight, *weights), make)[ids_NK]
+class _Decoded:
+    """What the mean of each code decodes to, found out when it is first asked for: for all codes it takes V^2 products.
+
+    A code is decoded together with its neighbours in the vocabulary, always the same ones, so that it has the same bits whatever
+    was asked for before. On a GPU, which would have to be waited for, all are at once.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, mean_VE: Tensor) -> None:
+        self._autoencoder, self._mean = autoencoder, mean_VE
+        size = autoencoder.config.patch_size
+        self._together = -(-TOGETHER // size) * size
+        self._token = torch.full_like(mean_VE[:, 0], -1, dtype=torch.int64)
+        self._lazy = mean_VE.device.type == "cpu"
+        if not self._lazy:
+            self._token = self._decode(mean_VE)
+
+    def __call__(self, ids_NK: Tensor) -> Tensor:
+        token_NK = self._token[ids_NK]
+        if not self._lazy or not bool((token_NK < 0).any()):
+            return token_NK
+        for start in (ids_NK[token_NK < 0] // self._together * self._together).unique().tolist():
+            mean = self._mean[start : start + self._together]
+            ids = torch.arange(start, start + len(mean))
+            self._token = self._token.index_copy(
+                0, ids, self._decode(mean)
+            )  # not in place: it may be an inference tensor
+        return self._token[ids_NK]
+
+    @torch.no_grad()
+    def _decode(self, mean_ME: Tensor) -> Tensor:
+        """Of M codes side by side in patches, the last filled up."""
+        size = self._autoencoder.config.patch_size
+        patches = F.pad(mean_ME, (0, 0, 0, -len(mean_ME) % size)).view(-1, size * mean_ME.shape[1])
+        with torch.autocast(mean_ME.device.type, enabled=False):
+            return self._autoencoder.decode_tokens(patches).flatten()[: len(mean_ME)]

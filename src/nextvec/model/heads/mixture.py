@@ -95,7 +95,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         return torch.cat(parts).view(ids_NK.shape)
 
     @torch.no_grad()
-    def draw(self, state_ND: States, draws: int, generator: Generators | None, given: Sequence[int] = ()) -> Tensor:
+    def draw(self, state_ND: States, draws: int, generator: Generators | None, *, given: Sequence[int] = ()) -> Tensor:
         """S independent draws, (S, ..., L), for states (..., D); see `Head`. The first place is read once for all draws."""
         ids = self.pick(state_ND, draws, generator, given=given).view(draws, -1, self.patch_size)
         size = self.patch_size * self.codes().mean.shape[1]
@@ -109,6 +109,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         state_ND: States,
         draws: int,
         generator: Generators | None,
+        *,
         sharpen: Sharpen | None = None,
         given: Sequence[int] = (),
     ) -> Tensor:
