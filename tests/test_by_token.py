@@ -367,12 +367,13 @@ def test_a_server_draws_by_it_unless_candidates_are_asked_for() -> None:
         ).settings
 
     assert asked().method == "token"
-    assert asked(temperature=0.3, top_p=0.9, top_k=5).law == (0.3, 1, 5, 0.9, "token")
+    assert asked(temperature=0.3, top_p=0.9, top_k=5).law == (0.3, 1, 5, 0.9, "token", 0.0, 0.0)
+    assert asked(presence_penalty=0.5, frequency_penalty=-1).law[-2:] == (0.5, -1)
     assert asked(candidates=20).law[:2] == (0.5, 20)
     assert asked(candidates=20).method == "pool"
     assert asked(method="pool").candidates == 50, "the default, within what the server allows"
     assert asked(method="centre").candidates == 8
-    with pytest.raises(UserError, match="top_k cuts the law of the next token, which method pool does not look at"):
+    with pytest.raises(UserError, match="top_k changes the law of the next token, which method pool does not look at"):
         asked(candidates=20, top_k=5)
     with pytest.raises(UserError, match="needs at least 100 candidates"):
         asked(method="pool", temperature=0.01)

@@ -359,9 +359,9 @@ def test_mistakes_are_told_at_the_call() -> None:
         engine(model).add([VOCAB], Sampling())
     with pytest.raises(UserError, match="slots must be at least 1"):
         engine(model, slots=0)
-    with pytest.raises(UserError, match=r"top_k cuts the law of the next token, which method pool does not look at"):
+    with pytest.raises(UserError, match=r"top_k changes the law of the next token, which method pool does not look at"):
         stream_text(model, "a", top_k=3)
-    with pytest.raises(UserError, match=r"top_p cuts the law of the next token, which method pool does not look at"):
+    with pytest.raises(UserError, match=r"top_p changes the law of the next token, which method pool does not look at"):
         stream_text(model, "a", top_p=0.5)
     with pytest.raises(UserError, match=r"top_p must be in \(0, 1\]; got 1.5"):
         stream_text(token_lm(), "a", top_p=1.5)

@@ -190,3 +190,14 @@ def test_what_recall_costs(capsys: pytest.CaptureFixture[str]) -> None:
         without, with_recall = (float(part.split()[0]) for part in line.partition("least ")[2].split(", ")[:2])
         assert without > 0
         assert with_recall > 0
+
+
+def test_repetition_is_told_by_penalty(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = runpy.run_path(str(BENCHMARKS / "repetition.py"))
+    assert found["repeated"]([1, 2, 3, 4, 5]) == 0
+    assert found["repeated"]([7, 7, 7, 7, 7, 7]) == pytest.approx(2 / 3)
+    found["main"]([str(demo / "baseline"), "--data", str(demo / "data" / "shards" / "valid"), "--texts", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("the documents themselves: ")
+    assert len(lines) == 1 + len(found["SETTINGS"])
+    assert "T = 0.5, presence 0.6, frequency 0.0: " in lines[7]

@@ -148,11 +148,15 @@ def test_without_a_seed_texts_differ_and_the_seed_is_told(client: openai.OpenAI)
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 2}, "logprobs cannot be had: a patch that is drawn as a vector has no likelihood"),
     ({"logit_bias": {"5": 1}}, "logit_bias cannot be had"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty cannot be had"),
+    (
+        {"frequency_penalty": 0.5},
+        "frequency_penalty changes the law of the next token, which method pool does not look",
+    ),
+    ({"presence_penalty": 2.5}, "presence_penalty must be from -2 to 2; got 2.5"),
     ({"best_of": 3}, "best_of cannot be had"),
     ({"suffix": "end"}, "suffix cannot be had"),
-    ({"top_p": 0.9}, "top_p cuts the law of the next token, which method pool does not look at"),
-    ({"top_k": 9}, "top_k cuts the law of the next token"),
+    ({"top_p": 0.9}, "top_p changes the law of the next token, which method pool does not look at"),
+    ({"top_k": 9}, "top_k changes the law of the next token"),
     ({"temperature": 0}, r"temperature must be in \(0, 1\]; got 0"),
     ({"temperature": 1.5}, r"temperature must be in \(0, 1\]; got 1.5"),
     ({"temperature": "hot"}, "temperature: input should be a valid number"),
@@ -172,7 +176,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tempersture": 1}, "there is no field 'tempersture' here"),
     ({"method": "exact"}, "method: input should be 'auto', 'pool', 'centre' or 'token'"),
     ({"method": "centre", "temperature": 0.5}, "method centre has no temperature, and got 0.5: leave it out"),
-    ({"method": "centre", "top_p": 0.9}, "top_p cuts the law of the next token, which method centre does not look at"),
+    (
+        {"method": "centre", "top_p": 0.9},
+        "top_p changes the law of the next token, which method centre does not look at",
+    ),
     ({"method": "centre", "candidates": 5000}, "candidates is at most 1000 here; got 5000"),
     ({"model": "baseline", "method": "centre"}, "method centre averages latents, which this model does not draw"),
 ]

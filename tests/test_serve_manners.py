@@ -30,7 +30,7 @@ def server() -> Iterator[Running]:
         ({"prompt": "a", "stop": 3}, "stop", "stop must be a text or a list of texts"),
         ({"prompt": "a", "logprobs": "all"}, "logprobs", "logprobs must be left out, or false"),
         ({"prompt": "a", "temperature": 0}, "temperature", "temperature must be in (0, 1]; got 0"),
-        ({"prompt": "a", "top_p": 0.9}, "top_p", "top_p cuts the law of the next token"),
+        ({"prompt": "a", "top_p": 0.9}, "top_p", "top_p changes the law of the next token"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens: input should be greater than or equal to 1"),
         ({}, "prompt", "prompt: field required"),
         ([], None, "the body must be a JSON object"),

@@ -163,7 +163,7 @@ def training_places(module: Any) -> list[Place]:
 def sampling_places(model: Calm | TokenLM) -> list[Place]:
     """The parts of generation and of evaluation."""
     places: list[Place] = [(model, name, BACKBONE) for name in ("states", "trunk", "branch")]
-    places += [(draw, name, TEMPERATURE) for name in ("batch_temperature", "choose_patch", "sample_logits")]
+    places += [(draw, name, TEMPERATURE) for name in ("batch_temperature", "choose_patch", "sample_by")]
     places += [(brier, "brier_scores", SCORES)]
     if isinstance(model, TokenLM):
         return [*places, (model, "draw_tokens", TEMPERATURE), (model, "logits", VOCABULARY)]

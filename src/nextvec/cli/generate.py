@@ -50,6 +50,12 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Method token: only the most likely tokens of this probability together.")
     ] = None,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Method token: off the logit of a token that the text drawn so far has; -2 to 2.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Method token: off its logit for each time that the text has it; -2 to 2.")
+    ] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Tokens to draw at most.")] = 256,
     stop: Annotated[
         list[str] | None, typer.Option(help="End a text before this string; give it again for more strings.")
@@ -82,7 +88,8 @@ def generate(
 
     # a bad value is told before a large model loads
     known = cast(Any, method)  # `Sampling` refuses another
-    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, known)
+    penalties = presence_penalty, frequency_penalty
+    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, known, *penalties)
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision must be fp32 or bf16; got {precision!r}")
     check_samples(samples)

@@ -17,6 +17,7 @@ from nextvec.model.heads.interface import Sharpen
 from nextvec.model.interface import LanguageModel
 from nextvec.model.text_states import States
 from nextvec.sampling.approximate import centre
+from nextvec.sampling.penalties import law_of
 from nextvec.sampling.pools import PlaceDecoder, choose_patch, decode_beginning
 from nextvec.sampling.settings import Abilities, Law
 from nextvec.sampling.temperature import (
@@ -24,8 +25,7 @@ from nextvec.sampling.temperature import (
     batch_temperature,
     condition,
     count_equal,
-    sample_logits,
-    sharpener,
+    sample_by,
 )
 
 
@@ -74,13 +74,21 @@ class Drawn(NamedTuple):
     tokens: Tensor | None = None
 
 
-def draw_patches(model: LanguageModel, state_BD: States, law: Law, generators: Sequence[torch.Generator]) -> Drawn:
-    """The next patch of every row by `law`, row i from generator i."""
+def draw_patches(
+    model: LanguageModel,
+    state_BD: States,
+    law: Law,
+    generators: Sequence[torch.Generator],
+    counts_BV: Tensor | None = None,
+) -> Drawn:
+    """The next patch of every row by `law`, row i from generator i.
+
+    counts: of a law with penalties, how often the text of each row has each token (float; left as it is).
+    """
     if isinstance(model, HasLogits):
-        logits_BV = model.logits(state_BD)
-        return Drawn(sample_logits(logits_BV, law.temperature, generators, law.top_k, law.top_p)[:, None], 1, None)
+        return Drawn(sample_by(model.logits(state_BD), _sharpen(law, counts_BV), generators)[:, None], 1, None)
     if law.method == "token":
-        return _draw_by_token(model, state_BD, law, generators)
+        return _draw_by_token(model, state_BD, law, generators, counts_BV)
     draws = 1 if law.single else law.candidates
     if isinstance(model, HasLatents) and model.has_latents:
         latent_BNL = model.draw_latents(state_BD, draws, generators).transpose(0, 1)
@@ -95,19 +103,33 @@ def draw_patches(model: LanguageModel, state_BD: States, law: Law, generators: S
     return Drawn(patch_BK, draws, count_equal(token_BNK), tokens=token_BNK)
 
 
+def _sharpen(law: Law, counts_BV: Tensor | None) -> Sharpen | None:
+    counts = None if counts_BV is None else counts_BV.clone()
+    return law_of(law.temperature, law.top_k, law.top_p, law.presence, law.frequency, counts)
+
+
 def _draw_by_token(
-    model: LanguageModel, state_BD: States, law: Law, generators: Sequence[torch.Generator], given: Sequence[int] = ()
+    model: LanguageModel,
+    state_BD: States,
+    law: Law,
+    generators: Sequence[torch.Generator],
+    counts_BV: Tensor | None,
+    given: Sequence[int] = (),
 ) -> Drawn:
     laws = cast(HasTokenLaws, model)  # settings were checked for the model
-    sharpen = sharpener(law.temperature, law.top_k, law.top_p)
-    patch_BK, latent_BL = laws.draw_by_token(state_BD, generators, sharpen, given)
+    patch_BK, latent_BL = laws.draw_by_token(state_BD, generators, _sharpen(law, counts_BV), given)
     if latent_BL is None:
         return Drawn(patch_BK, 1, None, tokens=patch_BK[:, None])
     return Drawn(patch_BK, 1, None, latent_BL[:, None])
 
 
 def complete_patch(
-    model: LanguageModel, state_D: States, law: Law, generator: torch.Generator, rest: Sequence[int]
+    model: LanguageModel,
+    state_D: States,
+    law: Law,
+    generator: torch.Generator,
+    rest: Sequence[int],
+    counts_1V: Tensor | None = None,
 ) -> Drawn | None:
     """The next patch (1, K) of one row, which begins with the rest of its prompt, 1 .. K - 1 tokens; None where that cannot be.
 
@@ -118,7 +140,7 @@ def complete_patch(
     if law.method == "centre":
         return None
     if law.method == "token":
-        return _draw_by_token(model, state_D[None], law, [generator], rest)
+        return _draw_by_token(model, state_D[None], law, [generator], counts_1V, rest)
     pool = grow_pool(model, state_D, law.candidates, generator, rest)
     if not pool.agreeing:
         return None

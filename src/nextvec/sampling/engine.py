@@ -73,6 +73,7 @@ class _Row:
     given: list[int]  # tokens that the next patch begins with
     produced: int = 0
     started: torch.Generator | None = None
+    counts: Tensor | None = None  # of each token drawn, for penalties
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Its own, made at its first draw: a long queue holds none."""
@@ -181,14 +182,23 @@ class Engine:
 
     def _draw(self, rows: list[_Row], state_BD: States) -> Drawn:
         law, generators = rows[0].settings.law, [row.generator(self._model.device) for row in rows]
+        counts_BV = torch.stack([self._counts(row) for row in rows]) if law.penalised else None
         if self._tiles is not None:
-            return self._tiles.draw(state_BD, law, generators)
-        return draw_patches(self._model, state_BD, law, generators)
+            return self._tiles.draw(state_BD, law, generators, counts_BV)
+        return draw_patches(self._model, state_BD, law, generators, counts_BV)
+
+    def _counts(self, row: _Row) -> Tensor:
+        """How often a row has drawn each token, (V,)."""
+        if row.counts is None:
+            row.counts = torch.zeros(self._model.vocab_size, device=self._model.device)
+        return row.counts
 
     def _complete(self, row: _Row, slot: int, state_1D: States) -> Drawn:
         """The patch that begins with the rest of a prompt; where none does, the one after the prompt padded on its left."""
         generator = row.generator(self._model.device)
-        drawn = complete_patch(self._model, state_1D[0], row.settings.law, generator, row.given)
+        law = row.settings.law
+        counts_1V = self._counts(row)[None] if law.penalised else None
+        drawn = complete_patch(self._model, state_1D[0], law, generator, row.given, counts_1V)
         if drawn is None:
             pads = [self._pad] * (self._model.patch_size - len(row.given))
             row.patches, row.given = self._lay_out(pads + list(row.prompt))
@@ -265,6 +275,9 @@ class Engine:
         else:
             kept, finished = new[:room], "length" if len(new) >= room else None
         row.produced += len(kept)
+        if row.counts is not None:
+            drawn = torch.tensor(kept, dtype=torch.int64, device=row.counts.device)
+            row.counts += torch.bincount(drawn, minlength=len(row.counts))
         row.patches.append(patch)
         row.given = []
         return Event(row.number, tuple(kept), finished, pool)

@@ -71,8 +71,8 @@ def generate(
     (up to the rounding of batched products; `deterministic` without exception). `packed`: the model was trained on packed
     documents. `context`: tokens that it was trained to read; a longer prompt is refused unless `slide`, with which only as many
     are read (`engine.Engine`). Closing the iterator frees all memory.
-    Raises UserError, at the call, for fewer candidates than the temperature needs, for ids outside the vocabulary, for top_k or
-    top_p where tokens are not drawn one by one, and for a prompt beyond the context.
+    Raises UserError, at the call, for fewer candidates than the temperature needs, for ids outside the vocabulary, for top_k,
+    top_p or penalties where tokens are not drawn one by one, and for a prompt beyond the context.
     """
     engine = _engine(model, prompts, settings, eos_id, pad_id, packed, samples, context, slide, deterministic, slots)
     return _steps(engine, len(prompts) * samples)
@@ -125,6 +125,8 @@ def stream_text(
     top_k: int | None = None,
     top_p: float | None = None,
     method: Method = Sampling.method,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     stop: Sequence[str] = (),
     slide: bool = False,
     deterministic: bool = False,
@@ -134,7 +136,9 @@ def stream_text(
     A piece is empty while the bytes of a character are incomplete. Arguments as `Sampling` and `stream_pieces`. Raises
     UserError, at the call.
     """
-    settings = Sampling(temperature, candidates, max_tokens, seed, top_k, top_p, method)
+    settings = Sampling(
+        temperature, candidates, max_tokens, seed, top_k, top_p, method, presence_penalty, frequency_penalty
+    )
     pieces = stream_pieces(model, [prompt], settings, stop=stop, slide=slide, deterministic=deterministic)
     return (piece.text for piece in pieces)
 

@@ -17,6 +17,8 @@ Finish = Literal["eos", "length", "stop"]  # the model ended the text, max_token
 # "token" for a model that has these laws, unless candidates are asked for, and "pool" for others
 Method = Literal["auto", "pool", "centre", "token"]
 MOST = {"candidates": 100_000, "max_tokens": 1_000_000}  # all of a pool, and all keys and values, are in memory at once
+PENALTIES = ("presence_penalty", "frequency_penalty")
+MOST_PENALTY = 2  # OpenAI's range
 SAMPLES = 100_000  # texts of one prompt: all wait in memory
 CANDIDATES: dict[Method, int] = {"pool": 200, "centre": 8}  # where none are given [P; docs/sampling.md]
 
@@ -38,6 +40,13 @@ class Law(NamedTuple):
     top_k: int | None
     top_p: float | None
     method: Method = "pool"  # not "auto"
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """It depends on what a row's text has already."""
+        return self.presence != 0 or self.frequency != 0
 
     @property
     def single(self) -> bool:
@@ -56,6 +65,8 @@ class Sampling:
     top_k: int | None = None  # keep the k most likely tokens; method token alone
     top_p: float | None = None  # keep the fewest most likely tokens that have this probability; likewise
     method: Method = "auto"  # of "centre", an approximation, the `candidates` are the temperature, which is not used
+    presence_penalty: float = 0.0  # off the logit of a token that the text drawn so far has; method token alone
+    frequency_penalty: float = 0.0  # off it for each time that the text has it (penalties.py); likewise
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -66,6 +77,9 @@ class Sampling:
         for name, most in MOST.items():
             if (given := getattr(self, name)) is not None and given > most:
                 raise UserError(f"{name} must be at most {most:,}; got {given:,}: memory holds all at once, take fewer")
+        for name in PENALTIES:
+            if not -MOST_PENALTY <= (value := getattr(self, name)) <= MOST_PENALTY:
+                raise UserError(f"{name} must be from -{MOST_PENALTY} to {MOST_PENALTY}; got {value:g}: 0 is none")
         if self.method not in get_args(Method):
             raise UserError(f"method must be one of {', '.join(get_args(Method))}; got {self.method!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -76,7 +90,8 @@ class Sampling:
         """Of settings `for_model`."""
         assert self.method != "auto", "settings are made fit for a model first"
         assert self.candidates is not None
-        return Law(self.temperature, self.candidates, self.top_k, self.top_p, self.method)
+        penalties = self.presence_penalty, self.frequency_penalty
+        return Law(self.temperature, self.candidates, self.top_k, self.top_p, self.method, *penalties)
 
     def for_model(self, model: Abilities) -> Sampling:
         """These settings with method and candidates filled in. Raises UserError where such a model cannot be drawn from so."""
@@ -95,14 +110,16 @@ class Sampling:
             )
         if model.tokens and method == "pool":
             method = "token"  # a pool of single tokens would only be a worse estimate of what is known
-        for name in ("top_k", "top_p"):
-            if getattr(self, name) is not None and method != "token":
+        for name in ("top_k", "top_p", *PENALTIES):
+            if getattr(self, name) not in (None, 0.0) and method != "token":
                 fix = (
                     "leave the candidates out, or take method token"
                     if model.by_token
                     else "leave it out, or use a mixture or autoregressive head, or the token baseline"
                 )
-                raise UserError(f"{name} cuts the law of the next token, which method {method} does not look at: {fix}")
+                raise UserError(
+                    f"{name} changes the law of the next token, which method {method} does not look at: {fix}"
+                )
         if self.method == "token" and self.candidates not in (None, 1) and not model.tokens:
             raise UserError(
                 f"method token draws a patch once, and got {self.candidates:,} candidates: leave them out, or take method pool"

@@ -21,13 +21,15 @@ Legend: B rows, N candidates of a row's pool, K tokens per patch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nextvec.errors import UserError
+from nextvec.model.heads.interface import Sharpen
 
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or one per row
 
@@ -143,41 +145,56 @@ def sample_logits(
     logits_BV: Tensor, temperature: float, generator: Generators, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
     """One token per row, (B,) int64, from softmax(logits) as `sharpener` makes it: where likelihoods exist."""
+    return sample_by(logits_BV, sharpener(temperature, top_k, top_p), generator)
+
+
+def sample_by(logits_BV: Tensor, sharpen: Sharpen | None, generator: Generators) -> Tensor:
+    """The same, by anything that changes the logits."""
     logits_BV = logits_BV.to(_wide(logits_BV.device))
-    sharpen = sharpener(temperature, top_k, top_p)
     probability_BV = (logits_BV if sharpen is None else sharpen(logits_BV)).softmax(dim=-1)
     return pick(probability_BV, uniforms(generator, probability_BV))
 
 
-def sharpener(
-    temperature: float, top_k: int | None = None, top_p: float | None = None
-) -> Callable[[Tensor], Tensor] | None:
-    """Logits (R, V) of a law of tokens to those of the sharpened law, softmax(logits / T); None where nothing changes.
+class Sharpener(NamedTuple):
+    """Logits (R, V) of laws of tokens to those of the sharpened laws, softmax(logits / T), the same for all rows.
 
     Then, in this order: only the `top_k` most likely tokens, only the fewest most likely of those left that together have
     probability `top_p` at least (always one). Of equal logits the lower id is the more likely.
     """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def __call__(self, logits_RV: Tensor) -> Tensor:
+        scale = max(self.temperature, COLDEST)
+        scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / scale
+        if self.top_k is None and self.top_p is None:
+            return scaled_RV
+        sorted_RV, token_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            sorted_RV[:, self.top_k :] = -math.inf
+        if self.top_p is not None:
+            probability_RV = sorted_RV.softmax(dim=-1)
+            before_RV = probability_RV.cumsum(-1) - probability_RV
+            sorted_RV = sorted_RV.masked_fill(before_RV >= self.top_p, -math.inf)
+        return torch.empty_like(scaled_RV).scatter_(-1, token_RV, sorted_RV)
+
+    def of(self, rows: slice) -> Sharpener:
+        return self
+
+    def took(self, ids_R: Tensor) -> None:
+        pass
+
+
+def sharpener(temperature: float, top_k: int | None = None, top_p: float | None = None) -> Sharpener | None:
+    """None where nothing changes. Raises UserError for a temperature outside (0, 1]."""
     check_temperature(temperature)
     if top_p == 1:
         top_p = None
     if temperature == 1 and top_k is None and top_p is None:
         return None
-    scale = max(temperature, COLDEST)
-
-    def sharpen(logits_RV: Tensor) -> Tensor:
-        scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / scale
-        if top_k is None and top_p is None:
-            return scaled_RV
-        sorted_RV, token_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
-        if top_k is not None:
-            sorted_RV[:, top_k:] = -math.inf
-        if top_p is not None:
-            probability_RV = sorted_RV.softmax(dim=-1)
-            before_RV = probability_RV.cumsum(-1) - probability_RV
-            sorted_RV = sorted_RV.masked_fill(before_RV >= top_p, -math.inf)
-        return torch.empty_like(scaled_RV).scatter_(-1, token_RV, sorted_RV)
-
-    return sharpen
+    return Sharpener(temperature, top_k, top_p)
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -16,6 +16,7 @@ from typing import Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nextvec.model.cache import KVCache
@@ -63,23 +64,34 @@ class Tiles:
             cache.lengths[0] = held + len(part)
         return join(states)
 
-    def draw(self, state_BD: States, law: Law, generators: Sequence[torch.Generator]) -> Drawn:
+    def draw(
+        self, state_BD: States, law: Law, generators: Sequence[torch.Generator], counts_BV: Tensor | None = None
+    ) -> Drawn:
         """`draw_patches`, in tiles."""
         size = self._rows_drawn(law)
-        parts = [
-            self._draw_tile(state_BD[start : start + size], law, generators[start : start + size], size)
-            for start in range(0, len(state_BD), size)
-        ]
+        parts = []
+        for start in range(0, len(state_BD), size):
+            rows = slice(start, start + size)
+            counts = None if counts_BV is None else counts_BV[rows]
+            parts.append(self._draw_tile(state_BD[rows], law, generators[rows], size, counts))
         return _join(parts)
 
-    def _draw_tile(self, state_BD: States, law: Law, generators: Sequence[torch.Generator], size: int) -> Drawn:
+    def _draw_tile(
+        self,
+        state_BD: States,
+        law: Law,
+        generators: Sequence[torch.Generator],
+        size: int,
+        counts_BV: Tensor | None = None,
+    ) -> Drawn:
         """Of B rows, at most `size`, which the tile has."""
         rows = len(state_BD)
         spare = [torch.Generator(state_BD.device).manual_seed(0) for _ in range(size - rows)]
         generators = [*generators, *spare]
         state_RD = join((state_BD, state_BD[:1].expand(size - rows, -1))) if rows < size else state_BD
         if size == 1 or law.single or law.method != "pool":
-            drawn = draw_patches(self._model, state_RD, law, generators)
+            counts_RV = None if counts_BV is None else F.pad(counts_BV, (0, 0, 0, size - rows))
+            drawn = draw_patches(self._model, state_RD, law, generators, counts_RV)
         else:  # how much of a pool need be decoded depends on all its rows: here it is everything
             model = cast(HasLatents, self._model)
             latent_RNL = model.draw_latents(state_RD, law.candidates, generators).transpose(0, 1)
@@ -128,7 +140,8 @@ class Tiles:
         def draws(places: Sequence[int]) -> Drawn:
             device = self._model.device
             generators = [torch.Generator(device).manual_seed(place) for place in places]
-            return self._draw_tile(state_RD[list(places)], law, generators, size)
+            counts_RV = torch.zeros(size, self._model.vocab_size, device=device) if law.penalised else None
+            return self._draw_tile(state_RD[list(places)], law, generators, size, counts_RV)
 
         straight, turned = draws(range(size)), draws(range(size - 1, -1, -1))
         pairs = [(a, b) for a, b in zip(straight, turned, strict=True) if isinstance(a, Tensor)]

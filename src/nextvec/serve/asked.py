@@ -90,6 +90,8 @@ def asked_job(
         top_k=asked.top_k,
         top_p=top_p,
         method=asked.method or Sampling.method,
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
     )
     can = abilities(served.model)
     sampling = sampling.for_model(can)

@@ -23,12 +23,11 @@ METHOD = (
 CANDIDATES = (
     "Draws behind each patch of a CALM: in a pool below temperature 1, default 200; averaged by centre, default 8"
 )
+PENALTY = "From -2 to 2, on tokens that the text drawn so far has; method token alone"
 WHOLE = "it changes the likelihoods of tokens, which most CALMs do not have, and all models answer alike here"
 UNKNOWN = "a patch that is drawn as a vector has no likelihood, and all models answer alike here"
 NOTHING: dict[str, tuple[tuple[Any, ...], str]] = {  # values that ask for nothing, and why others cannot be had
     "best_of": ((1,), "not every model here has likelihoods to rank texts by: ask for n texts and choose"),
-    "frequency_penalty": ((0,), WHOLE),
-    "presence_penalty": ((0,), WHOLE),
     "logit_bias": (({},), WHOLE),
     "logprobs": ((False,), UNKNOWN),
     "top_logprobs": ((), UNKNOWN),
@@ -80,8 +79,8 @@ class Drawing(Asked):
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
+    frequency_penalty: float | None = Field(default=None, description=PENALTY)
+    presence_penalty: float | None = Field(default=None, description=PENALTY)
     logit_bias: dict[str, float] | None = None
 
 

@@ -85,7 +85,8 @@ class AutoregressiveHead(Recalls, nn.Module):
         found = []
         for states, asking in self.askings(state_ND):
             own = generator[states] if isinstance(generator, Sequence) else generator
-            found.append(self._chosen(state_MD[states], asking, draws, own, sharpen, given))
+            law = sharpen and sharpen.of(states)
+            found.append(self._chosen(state_MD[states], asking, draws, own, law, given))
         return torch.cat(found, dim=1).reshape(draws, *vector_ND.shape[:-1], self.patch_size)
 
     def _chosen(
@@ -103,6 +104,8 @@ class AutoregressiveHead(Recalls, nn.Module):
         tokens = [torch.full((len(state_MD), draws), token, device=state_MD.device) for token in given]
         if not given:
             tokens.append(self._sample(hidden_M1D, draws, generator, sharpen))
+            if sharpen is not None:
+                sharpen.took(tokens[-1].flatten())
         at_S = torch.zeros(draws, dtype=torch.int64, device=state_MD.device)
         for place in range(1, self.patch_size):
             ids_MS = tokens[place - 1]
@@ -111,6 +114,8 @@ class AutoregressiveHead(Recalls, nn.Module):
             hidden_MSD, trunk = self.decoder.branch(x_MSD, trunk, at_S)
             if place >= len(given):
                 tokens.append(self._sample(hidden_MSD, 1, generator, sharpen))
+                if sharpen is not None:
+                    sharpen.took(tokens[-1].flatten())
         return torch.stack(tokens, dim=-1).transpose(0, 1)
 
     def _with_answers(self, x_MSD: Tensor, asking: Asking | None, pair_MS2: Tensor | None) -> Tensor:
@@ -145,8 +150,9 @@ class AutoregressiveHead(Recalls, nn.Module):
         """`draws` tokens from each of J laws of M states, (M, J * draws)."""
         if isinstance(generator, Sequence):
             assert len(generator) == len(hidden_MJD), "one generator per state"
-            each = zip(hidden_MJD, generator, strict=True)
-            rows = [self._sample_rows(one, draws, own, sharpen) for one, own in each]
+            rows = []
+            for row, (one, own) in enumerate(zip(hidden_MJD, generator, strict=True)):
+                rows.append(self._sample_rows(one, draws, own, sharpen and sharpen.of(slice(row, row + 1))))
             return torch.stack([row.flatten() for row in rows])
         return self._sample_rows(hidden_MJD.flatten(0, 1), draws, generator, sharpen).view(len(hidden_MJD), -1)
 
@@ -155,10 +161,10 @@ class AutoregressiveHead(Recalls, nn.Module):
     ) -> Tensor:
         """(M, draws); the vocabulary exists for one chunk of rows at a time."""
         rows = max(1, CHUNK_ELEMENTS // self.embedding.num_embeddings)
-        parts = [
+        parts = []
+        for start in range(0, len(hidden_MD), rows):
+            some = slice(start, start + rows)
+            law = self._law(hidden_MD[some], sharpen and sharpen.of(some))
             # two at least: for a single draw torch takes another way, 20 times slower on a CPU
-            torch.multinomial(law, max(2, draws), replacement=True, generator=generator)
-            for hidden in hidden_MD.split(rows)
-            for law in [self._law(hidden, sharpen)]
-        ]
+            parts.append(torch.multinomial(law, max(2, draws), replacement=True, generator=generator))
         return torch.cat(parts)[:, :draws]

@@ -5,7 +5,7 @@ Legend: S draws, N positions (any leading dimensions), D width, L latent, K toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +15,20 @@ from nextvec.model.text_states import States
 
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all states, or one for each
 Metrics = dict[str, Tensor]
-Sharpen = Callable[[Tensor], Tensor]  # logits (R, V) of a law of tokens to those to draw from
+
+
+class Sharpen(Protocol):
+    """Logits (R, V) of laws of tokens to those that are drawn from; row by row another one where it knows rows."""
+
+    def __call__(self, logits_RV: Tensor) -> Tensor: ...
+
+    def of(self, rows: slice) -> Sharpen:
+        """That of some rows."""
+        ...
+
+    def took(self, ids_R: Tensor) -> None:
+        """Its rows drew these tokens, one each."""
+        ...
 
 
 class Head(Protocol):

@@ -120,7 +120,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         share = noise("uniform", vector_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
         share = share * (1 - torch.finfo(dtype).eps)  # none may round up to the whole law, behind its last token
         chosen = [
-            self._chosen(vector_MX[states], asking, share[:, states], sharpen, given)
+            self._chosen(vector_MX[states], asking, share[:, states], sharpen and sharpen.of(states), given)
             for states, asking in self.askings(state_ND)
         ]
         ids = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
@@ -143,6 +143,8 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
                 else:
                     ids_SM = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
                     ids_SM = ids_SM.view(draws, states)
+                if sharpen is not None:
+                    sharpen.took(ids_SM.flatten())
             chosen.append(ids_SM.expand(draws, -1))
             left = self.patch_size - place - 1
             if left:
@@ -243,8 +245,8 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         """Tokens (R, n) at which the cumulated law of each row passes these shares of it; for a chunk of rows at a time."""
         rows = max(1, CHUNK_ELEMENTS // self.output.out_features)
         if len(hidden_RD) > rows:
-            chunks = zip(hidden_RD.split(rows), share_Rn.split(rows), strict=True)
-            return torch.cat([self._picked(hidden, share, sharpen) for hidden, share in chunks])
+            chunks = [slice(start, start + rows) for start in range(0, len(hidden_RD), rows)]
+            return torch.cat([self._picked(hidden_RD[c], share_Rn[c], sharpen and sharpen.of(c)) for c in chunks])
         logits = self._logits(hidden_RD)
         below = (logits if sharpen is None else sharpen(logits)).softmax(-1).cumsum(-1)
         return torch.searchsorted(below, (share_Rn * below[:, -1:]).contiguous(), right=True)
