@@ -75,6 +75,7 @@ class Sample(Input):
     prompt: str
     temperature: float
     patches: tuple[str, ...]  # text of each generated patch, in order
+    frequency_penalty: float = 0.0
 
 
 class Accuracy(Input):

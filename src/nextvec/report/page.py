@@ -149,6 +149,8 @@ def _against(calm: float | None, baseline: float | None) -> tuple[str, str]:
 
 def _sample(item: Sample) -> str:
     title = f"{item.model}, T = {item.temperature:g}"
+    if item.frequency_penalty:
+        title += f", frequency penalty {item.frequency_penalty:g}"
     patches = "".join(f'<span class="patch">{_text(text)}</span>' for text in item.patches)
     prompt = f'<span class="prompt">{_text(item.prompt)}</span>' if item.prompt else ""
     return f"<article>\n<h3>{safe(title)}</h3>\n<pre>{prompt}{patches}</pre>\n</article>\n"
