@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from nextvec.evaluate.collision import TEMPERATURES, TOKENS, Tally, contexts, me
 from nextvec.model.calm import Calm
 from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.heads.mixture import MixtureHead
+from nextvec.model.interface import LanguageModel
 from nextvec.rundir import save_run
 from nextvec.sampling.draw import abilities, abilities_of, draw_patches
 from nextvec.sampling.engine import Engine
@@ -290,6 +291,27 @@ def test_at_temperature_one_it_is_the_models_first_draw(kind: str) -> None:
     assert drawn(Sampling(0.5)) != drawn(Sampling(1.0)) or drawn(Sampling(0.2)) != drawn(Sampling(1.0))
 
 
+def texts_of(
+    model: LanguageModel, prompts: list[list[int]], settings: Sampling, eos_id: int, **how: Any
+) -> list[list[int]]:
+    """What `generate` writes of each prompt."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in generate(model, prompts, settings, eos_id=eos_id, pad_id=PAD, **how):
+        for row, tokens in zip(rows, step.tokens, strict=True):
+            row += tokens
+    return rows
+
+
+def same_in_any_company(
+    model: LanguageModel, prompts: list[list[int]], settings: Sampling, eos_id: int, deterministic: bool
+) -> list[list[int]]:
+    """The texts, the same with fewer at once and the first one alone."""
+    together = texts_of(model, prompts, settings, eos_id, deterministic=deterministic, slots=4)
+    assert texts_of(model, prompts, settings, eos_id, deterministic=deterministic, slots=2) == together
+    assert texts_of(model, prompts[:1], settings, eos_id, deterministic=deterministic, slots=1) == together[:1]
+    return together
+
+
 @pytest.mark.parametrize("kind", ["mixture", "autoregressive"])
 @pytest.mark.parametrize(("dtype", "deterministic"), [(torch.float64, False), (torch.float32, True)])
 def test_a_text_is_the_same_alone_and_in_company(kind: str, dtype: torch.dtype, deterministic: bool) -> None:
@@ -297,18 +319,7 @@ def test_a_text_is_the_same_alone_and_in_company(kind: str, dtype: torch.dtype, 
     prompts = [[1, 2, 3, 4], [0, 1], [], [2, 2, 2, 3, 1, 0, 4]]
     settings = Sampling(0.6, max_tokens=17, seed=3, top_p=0.9)
 
-    def texts(prompts: list[list[int]], slots: int) -> list[list[int]]:
-        rows: list[list[int]] = [[] for _ in prompts]
-        for step in generate(
-            model, prompts, settings, eos_id=EOS, pad_id=PAD, deterministic=deterministic, slots=slots
-        ):
-            for row, tokens in zip(rows, step.tokens, strict=True):
-                row += tokens
-        return rows
-
-    together = texts(prompts, 4)
-    assert texts(prompts, 2) == together
-    assert texts(prompts[:1], 1)[0] == together[0]
+    same_in_any_company(model, prompts, settings, EOS, deterministic)
 
 
 def test_the_curve_of_collisions_has_its_points() -> None:

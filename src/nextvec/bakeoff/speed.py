@@ -50,10 +50,11 @@ def operations(model: Calm | TokenLM, sampling: Sampling, context_tokens: int) -
     if isinstance(model, Calm):
         law = sampling.for_model(abilities(model)).law
         settings["candidates"] = 1 if law.single else law.candidates
-        by_means = (
-            law.method == "token" and sharpener(law.temperature, law.top_k, law.top_p) is not None
-        )  # decoded before
-        settings["decoded"] = 1 if law.method == "centre" else 0 if by_means and model.has_latents else None
+        sharpened = sharpener(law.temperature, law.top_k, law.top_p) is not None
+        if law.method == "centre":
+            settings["decoded"] = 1
+        elif law.method == "token" and model.has_latents and sharpened:
+            settings["decoded"] = 0  # what means decode to is known
     return cost(model.config, **settings).inference_split.total
 
 

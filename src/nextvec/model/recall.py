@@ -111,9 +111,7 @@ class Recall(nn.Module):
         keys, dtype = _after(last + _after(before)), rotary_dtype(value)
         return Memory(self._split(keys).to(dtype), self._split(value).to(dtype))
 
-    def ask(
-        self, memory: Memory, query_RNC: Tensor, seen_RQ: Tensor, apart: bool = False, all_seen: bool = False
-    ) -> Tensor:
+    def ask(self, memory: Memory, query_RNC: Tensor, seen_RQ: Tensor, apart: bool, all_seen: bool) -> Tensor:
         """Answers (R, N, D) to the queries (R, N, H E) of Q places of a text, equally many of each.
 
         seen: how many tokens of its text each place may see, at least one. apart: each place by itself, over exactly those, so

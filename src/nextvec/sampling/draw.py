@@ -83,7 +83,7 @@ def draw_patches(
 ) -> Drawn:
     """The next patch of every row by `law`, row i from generator i.
 
-    counts: of a law with penalties, how often the text of each row has each token (float; left as it is).
+    counts: of a law with penalties, how often the text of each row has each token (float), taken over.
     """
     if isinstance(model, HasLogits):
         return Drawn(sample_by(model.logits(state_BD), _sharpen(law, counts_BV), generators)[:, None], 1, None)
@@ -104,8 +104,7 @@ def draw_patches(
 
 
 def _sharpen(law: Law, counts_BV: Tensor | None) -> Sharpen | None:
-    counts = None if counts_BV is None else counts_BV.clone()
-    return law_of(law.temperature, law.top_k, law.top_p, law.presence, law.frequency, counts)
+    return law_of(law.temperature, law.top_k, law.top_p, law.presence, law.frequency, counts_BV)
 
 
 def _draw_by_token(

@@ -182,22 +182,25 @@ class Engine:
 
     def _draw(self, rows: list[_Row], state_BD: States) -> Drawn:
         law, generators = rows[0].settings.law, [row.generator(self._model.device) for row in rows]
-        counts_BV = torch.stack([self._counts(row) for row in rows]) if law.penalised else None
+        counts_BV = self._counts(rows) if law.penalised else None
         if self._tiles is not None:
             return self._tiles.draw(state_BD, law, generators, counts_BV)
         return draw_patches(self._model, state_BD, law, generators, counts_BV)
 
-    def _counts(self, row: _Row) -> Tensor:
-        """How often a row has drawn each token, (V,)."""
-        if row.counts is None:
-            row.counts = torch.zeros(self._model.vocab_size, device=self._model.device)
-        return row.counts
+    def _counts(self, rows: list[_Row]) -> Tensor:
+        """How often each row has drawn each token, (B, V), to be written to."""
+        counts = []
+        for row in rows:
+            if row.counts is None:
+                row.counts = torch.zeros(self._model.vocab_size, device=self._model.device)
+            counts.append(row.counts)
+        return torch.stack(counts)
 
     def _complete(self, row: _Row, slot: int, state_1D: States) -> Drawn:
         """The patch that begins with the rest of a prompt; where none does, the one after the prompt padded on its left."""
         generator = row.generator(self._model.device)
         law = row.settings.law
-        counts_1V = self._counts(row)[None] if law.penalised else None
+        counts_1V = self._counts([row]) if law.penalised else None
         drawn = complete_patch(self._model, state_1D[0], law, generator, row.given, counts_1V)
         if drawn is None:
             pads = [self._pad] * (self._model.patch_size - len(row.given))

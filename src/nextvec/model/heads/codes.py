@@ -82,9 +82,8 @@ class _Decoded:
         for start in (ids_NK[token_NK < 0] // self._together * self._together).unique().tolist():
             mean = self._mean[start : start + self._together]
             ids = torch.arange(start, start + len(mean))
-            self._token = self._token.index_copy(
-                0, ids, self._decode(mean)
-            )  # not in place: it may be an inference tensor
+            # not in place: it may be an inference tensor
+            self._token = self._token.index_copy(0, ids, self._decode(mean))
         return self._token[ids_NK]
 
     @torch.no_grad()
