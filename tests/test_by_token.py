@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextvec.bakeoff.speed import operations
 from nextvec.cli import main
 from nextvec.config import (
     AutoencoderConfig,
@@ -44,6 +45,7 @@ from nextvec.serve.schema import CompletionRequest
 from nextvec.serve.settings import ServeSettings
 from nextvec.serve.worker import Worker
 from nextvec.text.tokenizer import byte_tokenizer
+from test_cost import counted
 
 VOCAB, K, WIDTH = 7, 3, 12
 EOS, PAD = 5, 6
@@ -289,6 +291,18 @@ def test_at_temperature_one_it_is_the_models_first_draw(kind: str) -> None:
 
     assert drawn(Sampling(1.0)) == drawn(Sampling(1.0, method="pool"))
     assert drawn(Sampling(0.5)) != drawn(Sampling(1.0)) or drawn(Sampling(0.2)) != drawn(Sampling(1.0))
+
+
+def test_what_sharpened_draws_do_without_is_what_torch_no_longer_counts() -> None:
+    model, generator = calm("mixture", dtype=torch.float32), torch.Generator().manual_seed(0)
+    state_1D = model.states(torch.tensor([[[1, 2, 3]]]))[:, -1]
+    for _ in range(40):
+        model.draw_by_token(state_1D, generator, sharpener(0.5))  # tables, and what means decode to
+    whole = counted(lambda: model.draw_by_token(state_1D, generator, None))
+    sharpened = counted(lambda: model.draw_by_token(state_1D, generator, sharpener(0.5)))
+    ours = [K * operations(model, Sampling(temperature), 1024) for temperature in (1.0, 0.5)]
+    assert whole - sharpened == pytest.approx(ours[0] - ours[1])
+    assert ours[0] > ours[1]
 
 
 def texts_of(
