@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from nextvec.config import AutoencoderRun, DataSettings
+from nextvec.process import leave
 from nextvec.train.data import Data
 from nextvec.train.loop import TrainResult, train
 from nextvec.train.world import open_world, rank, restarted
@@ -59,7 +60,8 @@ def run_rows(out: Path) -> TrainResult:
 
 
 def main(folder: Path) -> None:
-    assert open_world(torch.device("cpu")).owned  # one group for all of the runs
+    world = open_world(torch.device("cpu"))
+    assert world.owned  # one group for all of the runs
 
     class Killed(Fake):
         def loss(self, *arguments: Any) -> Any:
@@ -82,8 +84,9 @@ def main(folder: Path) -> None:
         broken.break_at = (2 * ACCUMULATE // dist.get_world_size(),)
     run(folder / "broken", broken)
     run(folder / "begun", Fake(), resume=True)
-    dist.destroy_process_group()
+    world.close()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

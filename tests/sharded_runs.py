@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from nextvec.config import parse_run
 from nextvec.model.autoencoder import Autoencoder
+from nextvec.process import leave
 from nextvec.text.tokenizer import byte_tokenizer
 from nextvec.train import parts
 from nextvec.train.data import Data
@@ -158,7 +159,8 @@ def full_disk(out: Path) -> None:
 
 
 def main(folder: Path, part: str) -> None:
-    assert open_world(torch.device("cpu")).owned  # one group for all of the runs
+    world = open_world(torch.device("cpu"))
+    assert world.owned  # one group for all of the runs
     muon_is_exact()
     run(folder / "even", objective_of(eval_every=6, activation_checkpointing=True, save_every=4, keep_last=1))
     if part == "all":
@@ -173,8 +175,9 @@ def main(folder: Path, part: str) -> None:
         part_run(folder / "moved", 4)
     else:
         part_run(folder / "moved", 4, resume=True)
-    dist.destroy_process_group()
+    world.close()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    leave(0)

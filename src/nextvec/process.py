@@ -1,4 +1,5 @@
-"""Settings of the process that decide how fast a CPU works: how long waiting threads spin, freed memory kept for reuse.
+"""Settings of the process that decide how fast a CPU works: how long waiting threads spin, freed memory kept for reuse. And
+its end.
 
 Nothing here imports torch, so that the command line can call it first.
 """
@@ -9,6 +10,8 @@ import ctypes
 import os
 import sys
 import time
+from contextlib import suppress
+from typing import NoReturn
 
 SPIN_ALONE, SPIN_SHARED = 3000, 300  # rounds that a waiting thread spins
 KEEP_BELOW = 32 << 20  # bytes: the largest threshold that glibc takes; larger blocks go back to the system when freed
@@ -58,3 +61,18 @@ def keep_freed_memory(keep: bool = True) -> None:
         return
     mallopt(_MMAP_THRESHOLD, KEEP_BELOW if keep else _USUAL)
     mallopt(_TRIM_THRESHOLD, (1 << 31) - 1 if keep else _USUAL)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with this exit status; one of several under a launcher without Python's own way out.
+
+    gloo's threads outlive their process group (DTensor's caches hold its mesh) and may still be letting go of the last
+    tensors. One of them that asks for the interpreter while that shuts down is unwound through C++ that cannot be, and a
+    run that had finished ends with SIGABRT.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -9,7 +9,7 @@ import typer
 
 from nextvec import __version__
 from nextvec.errors import UserError
-from nextvec.process import keep_freed_memory, yield_waiting_threads
+from nextvec.process import keep_freed_memory, leave, yield_waiting_threads
 
 app = typer.Typer(
     name="nextvec",
@@ -41,14 +41,24 @@ def main() -> None:
     keep_freed_memory()
     from nextvec.cli import commands  # noqa: F401  (registers the verbs)
 
+    leave(_run())
+
+
+def _run() -> int:
+    """The exit status of what was asked for."""
     try:
         app()
     except UserError as error:
         print(f"nextvec: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("nextvec: interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except OSError as error:
         print(f"nextvec: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
+    except SystemExit as asked:  # how typer ends
+        if isinstance(asked.code, str):
+            raise
+        return asked.code or 0
+    return 0
