@@ -137,6 +137,33 @@ def test_token_by_token_can_be_chosen_where_laws_of_tokens_are_known(browser: Ta
     assert page.complaints == []
 
 
+def test_cuts_and_penalties_reach_the_models_whose_tokens_have_laws(browser: Tab, server: Running) -> None:
+    page = opened(browser, server)
+    fields = ("top_p", "top_k", "frequency_penalty", "presence_penalty")
+    disabled = "[" + ", ".join(f"document.querySelector('#{name}').disabled" for name in fields) + "]"
+    assert page.run(disabled) == [False] * 4, "the token model has them"
+    page.run("document.querySelector('#beside').value = ''; suit()")
+    assert page.run(disabled) == [True] * 4, "an energy head has no laws of tokens"
+    page.run("document.querySelector('#beside').value = 'baseline'; suit()")
+    for field, value in zip(fields, ("0.9", "20", "1.5", "0.5"), strict=True):
+        page.type(f"#{field}", value)
+    page.type("#candidates", "20")
+    page.type("#length", "24")
+    page.type("#seed", "3")
+    page.click("#write")
+    page.wait("document.querySelector('#status').textContent.startsWith('Done')")
+    cut = Sampling(0.5, None, 24, 3, top_k=20, top_p=0.9, presence_penalty=0.5, frequency_penalty=1.5)
+    for index, (name, settings) in enumerate((("calm", Sampling(0.5, 20, 24, 3)), ("baseline", cut))):
+        text = generate_texts(server.models[name].model, ["def "], settings)[0]
+        assert page.run(f"panes[{index}].patches.map((patch) => patch.text).join('')") == text
+    assert page.complaints == []
+    page.type("#top_p", "0")
+    page.run("document.querySelector('#form').noValidate = true")
+    page.click("#write")
+    page.wait("!document.querySelector('#error').hidden")
+    assert "top_p must be in (0, 1]" in page.run("document.querySelector('#error').textContent")
+
+
 def test_stop_ends_the_text_and_frees_its_slot(browser: Tab, server: Running) -> None:
     page = opened(browser, server)
     page.type("#length", "200")

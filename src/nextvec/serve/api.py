@@ -153,13 +153,8 @@ def _add_texts(app: FastAPI, models: Mapping[str, Served], settings: ServeSettin
     async def patches(asked: schema.PatchRequest) -> Response:
         served = find(models, asked.model)
         (ids,) = await asyncio.to_thread(prompt_ids, served, asked.prompt, settings)
-        plain = schema.Drawing(
-            model=asked.model,
-            temperature=asked.temperature,
-            method=asked.method,
-            candidates=asked.candidates,
-            seed=asked.seed,
-        )
+        law = {name: getattr(asked, name) for name in schema.Law.model_fields}
+        plain = schema.Drawing(**law, seed=asked.seed)
         job = asked_job(served, plain, [ids], asked.max_tokens, settings)
         job.detail = asked.detail
         form = PatchForm(served.tokenizer, len(ids) % served.model.patch_size)

@@ -3,6 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const COLOURS = 6;
+const CUTS = ["top_p", "top_k", "frequency_penalty", "presence_penalty"]; // of laws of single tokens
 const candidates = {pool: 200, centre: 8}; // of each sampler, while the other is chosen
 let models = [], stopping = null, panes = [];
 
@@ -58,10 +59,11 @@ const chosenModels = () => [...new Set([$("model").value, $("beside").value].fil
   .map((name) => models.find((each) => each.id === name));
 const averages = (card) => $("method").value === "centre" && card.nextvec.latent !== null;
 const tokenwise = (card) => $("method").value === "token" && card.nextvec.by_token;
+const lawful = (card) => card.nextvec.kind === "token_lm" || tokenwise(card);
 const pooled = (card) => card.nextvec.kind === "calm" && !averages(card) && !tokenwise(card);
 
 // Only what the chosen models use can be set: a sampler where there is a choice, a temperature where there is no mean,
-// candidates where there are any.
+// candidates where there are any, cuts and penalties where tokens have laws.
 function suit() {
   const cards = chosenModels();
   const can = {pool: true, centre: cards.some((card) => card.nextvec.latent !== null),
@@ -71,6 +73,7 @@ function suit() {
   $("method").disabled = !can.centre && !can.token;
   $("temperature").disabled = cards.every(averages);
   $("candidates").disabled = cards.every((card) => !averages(card) && !pooled(card));
+  for (const name of CUTS) $(name).disabled = !cards.some(lawful);
 }
 
 // A pool and a mean each have their own number of candidates.
@@ -88,6 +91,7 @@ function request(card) {
     seed: Number($("seed").value)};
   if (averages(card)) return {...told, method: "centre", candidates: Number($("candidates").value)};
   told.temperature = Number($("temperature").value);
+  if (lawful(card)) for (const name of CUTS) if ($(name).value) told[name] = Number($(name).value);
   if (tokenwise(card)) return {...told, method: "token"};
   const pool = counted === "pool" ? $("candidates").value : candidates.pool;
   return {...told, candidates: Number(pool)};

@@ -61,8 +61,8 @@ class StreamOptions(Asked):
     include_obfuscation: bool | None = None  # OpenAI's padding of chunks; there is none here
 
 
-class Drawing(Asked):
-    """What completions and chats have in common. Ours beyond OpenAI's: method, candidates, top_k."""
+class Law(Asked):
+    """How a patch or a token is drawn. Ours beyond OpenAI's: method, candidates, top_k."""
 
     model: str = Field(description="One of the ids of /v1/models")
     temperature: float | None = Field(default=None, description="In (0, 1]; 1 is the model's own law. Default 0.5")
@@ -70,6 +70,13 @@ class Drawing(Asked):
     candidates: int | None = Field(default=None, ge=1, description=CANDIDATES)
     top_p: float | None = Field(default=None, description="Method token alone: where laws of single tokens are known")
     top_k: int | None = Field(default=None, ge=1, description="Method token alone")
+    frequency_penalty: float | None = Field(default=None, description=PENALTY)
+    presence_penalty: float | None = Field(default=None, description=PENALTY)
+
+
+class Drawing(Law):
+    """What completions and chats have in common."""
+
     max_tokens: int | None = Field(default=None, ge=1, description="New tokens at most")
     n: int | None = Field(default=None, ge=1, description="Texts per prompt")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="The same seed gives the same text")
@@ -79,8 +86,6 @@ class Drawing(Asked):
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
-    frequency_penalty: float | None = Field(default=None, description=PENALTY)
-    presence_penalty: float | None = Field(default=None, description=PENALTY)
     logit_bias: dict[str, float] | None = None
 
 
@@ -117,14 +122,10 @@ class ChatRequest(Drawing):
     response_format: Any = None
 
 
-class PatchRequest(Asked):
-    """Of the page's own endpoint: one text, each patch with the vote that chose it, if one did. No top_k, no top_p."""
+class PatchRequest(Law):
+    """Of the page's own endpoint: one text, each patch with the vote that chose it, if one did."""
 
-    model: str
     prompt: str = ""
-    temperature: float | None = Field(default=None, description="Default 0.5")
-    method: Method | None = Field(default=None, description=METHOD)
-    candidates: int | None = Field(default=None, ge=1, description=CANDIDATES)
     max_tokens: int = Field(default=64, ge=1)
     seed: int = Field(default=Sampling.seed, ge=-(2**63), lt=2**63)
     detail: bool = True
