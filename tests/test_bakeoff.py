@@ -13,6 +13,7 @@ import pytest
 
 from nextvec.bakeoff import Bakeoff, measure, run, settings
 from nextvec.bakeoff.run import Outcome, run_bakeoff
+from nextvec.bakeoff.settings import layers_of, spec_of
 from nextvec.cli import main
 from nextvec.config import AutoencoderRun, CalmRun, RunConfig
 from nextvec.errors import ConfigError, DataError
@@ -232,6 +233,20 @@ def test_the_autoencoder_has_a_share_within_what_is_known_to_serve() -> None:
         arena("clam", 2048, 10.0)
 
 
+def test_each_arm_may_have_its_own_depth(tmp_path: Path) -> None:
+    arms = ("calm", "token", "multi-token")
+    assert layers_of("", arms) == {}
+    assert layers_of("2", arms) == {"calm": 2, "token": 2, "multi-token": 2}
+    assert layers_of("2, token=3", arms) == {"calm": 2, "token": 3, "multi-token": 2}
+    usual = [settings.arena(arm, 2048, 10.0)["model"]["backbone"] for arm in arms]
+    spec = spec_of(asked(tmp_path, arms=arms, layers=layers_of("calm=1,token=7", arms)), 2048, 80)
+    made = [row[f"{row['stage']}.model"]["backbone"] for row in spec.rows]
+    assert made == [usual[0] | {"layers": 1}, usual[1] | {"layers": 7}, usual[2]]
+    for words in ("two", "calm=", "=2", "calm=2.5", "-1"):
+        with pytest.raises(ConfigError, match="layers must be a number, or ARM=N for some arms"):
+            layers_of(words, arms)
+
+
 # --- refusals
 
 
@@ -247,6 +262,8 @@ def test_the_autoencoder_has_a_share_within_what_is_known_to_serve() -> None:
         ({"data": ()}, "a bake-off needs text: give either --data SRC or --shards DIR"),
         ({"data": (), "shards": "x", "tokenizer": "bytes"}, "shards have their tokenizer: leave --tokenizer out"),
         ({"valid_fraction": 1.0}, "valid-fraction must be above 0 and below 1; got 1"),
+        ({"arms": ("calm",), "layers": {"token": 2}}, "layers are given for 'token', and the arms are calm"),
+        ({"layers": {"calm": 0}}, "layers of calm must be at least 1; got 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:

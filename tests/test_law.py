@@ -73,10 +73,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_points_count_backbone_tokens_and_all_operations(results: Path) -> None:
     grid = read_grid(results)
-    assert (len(grid.points), grid.sizes, grid.missing, grid.notes) == (36, [1, 2, 4, 8], 0, ())
+    assert (len(grid.points), grid.sizes, grid.missing, grid.notes) == (48, [1, 2, 4, 8], 0, ())
     assert len({point.parameters for point in grid.points}) == 3  # the same for every K of a width
     width, inner = 64, 168
-    assert grid.of(4)[0].parameters == 4 * (4 * width**2 + width + 3 * width * inner + width) + width
+    assert grid.of(4)[0].parameters == 2 * (4 * width**2 + width + 3 * width * inner + width) + width
     token, calm = grid.of(1)[0], grid.of(4)[0]
     assert token.flops == pytest.approx(token.tokens * flops_per_token(token.run))
     assert calm.encoder is not None
@@ -89,7 +89,7 @@ def test_points_count_backbone_tokens_and_all_operations(results: Path) -> None:
 def test_a_known_law_is_found_again(truth: Truth, tmp_path: Path) -> None:
     law = fitted(read_grid(write(tmp_path / "law", truth)), score="Brier-1", resamples=20)
     assert law.solution.family.power is (truth is power)
-    assert min(error for _, error in law.errors) < 0.05  # points of 100
+    assert min(error for _, error in law.errors) < 0.06  # points of 100
     place = torch.tensor([[5e5, 1.5e6, 4.0], [2e6, 1e7, 2.0]], dtype=torch.float64)
     expected = [100 * truth(*row[:2], int(row[2])) for row in place.tolist()]
     assert law.solution.scores(place)[0].tolist() == pytest.approx(expected, abs=0.5)
@@ -160,14 +160,15 @@ def test_sizes_within_one_standard_error_are_a_tie(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_grid_gives_a_law_of_what_is_there(tmp_path: Path) -> None:
-    out = write(tmp_path / "law", power, keep=lambda name: "1.6M" not in name and name != "D=0.4M, width=192, K=8")
+    absent = "D=0.4M, width=192, K=8"
+    out = write(tmp_path / "law", power, keep=lambda name: name[:6] in ("D=0.4M", "D=0.8M") and name != absent)
     damaged = next(out.glob("rows/lm/D=0.8M-width=*K=8/*/result.json"))
     write_json(damaged, read_json(damaged, "row") | {"failed": "training stopped at step 3", "brier": None})
     for path in list(out.glob("rows/lm/*0.8M*K=8/*/result.json"))[1:]:
         path.unlink()
     grid = read_grid(out)
     assert grid.sizes == [1, 2, 4]
-    assert grid.missing == 15
+    assert grid.missing == 27
     assert any("training stopped at step 3" in note for note in grid.notes)
     assert "K = 8 is left out: 2 of its rows are finished, and 3 are needed" in grid.notes
     assert fitted(grid, resamples=5).points == 18
@@ -187,7 +188,9 @@ def test_what_gives_no_law_is_refused(results: Path, tmp_path: Path) -> None:
         read_grid(tmp_path / "none")
     with pytest.raises(ConfigError, match="too few finished rows for a law"):
         read_grid(write(tmp_path / "one", power, keep=lambda name: "0.4M" in name))
-    few = read_grid(write(tmp_path / "few", power, keep=lambda name: "K=1" in name and "192" not in name))
+    few = read_grid(
+        write(tmp_path / "few", power, keep=lambda name: "K=1" in name and "192" not in name and "3.2M" not in name)
+    )
     assert len(few.points) == 6
     with pytest.raises(
         ConfigError, match="has 5 finished rows that can be used, and a law of 1 sizes of patch takes 6"
@@ -228,14 +231,14 @@ def test_the_command_recommends(
 ) -> None:
     assert command(monkeypatch, "--flops", "1e15", "--law", str(results)) == 0
     text = capsys.readouterr().out
-    assert "law: 36 rows" in text
+    assert "law: 48 rows" in text
     assert "Recommended for 1e+15 operations: K = " in text
     assert "WARNING: the budget (1e+15 operations) is" in text
     assert command(monkeypatch, "--seconds", "1000", "--rate", "3e10", "--law", str(results), "--json") == 0
     made = json.loads(capsys.readouterr().out)
     assert made["flops"] == 3e13
     assert len(made["choices"]) == 4
-    assert made["law"]["rows"] == 36
+    assert made["law"]["rows"] == 48
 
 
 @pytest.mark.parametrize(

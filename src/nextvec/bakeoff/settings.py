@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Bakeoff:
     valid_fraction: float = 0.05  # of the documents
     text_key: str = "text"
     device: str = "auto"
+    layers: Mapping[str, int] = field(default_factory=dict)  # of the backbone, by arm, where they are not the recipe's
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= MOST_MINUTES:
@@ -56,6 +58,11 @@ class Bakeoff:
         for arm in self.arms:
             if arm not in ARMS:
                 raise ConfigError(unknown_name("arm", arm, list(ARMS)))
+        for arm, layers in self.layers.items():
+            if arm not in self.arms:
+                raise ConfigError(f"layers are given for {arm!r}, and the arms are {', '.join(self.arms)}")
+            if layers < 1:
+                raise ConfigError(f"layers of {arm} must be at least 1; got {layers}")
         if len(set(self.arms)) < len(self.arms):
             raise ConfigError(f"an arm is given twice: {', '.join(self.arms)}")
 
@@ -83,7 +90,7 @@ def spec_of(asked: Bakeoff, vocab_size: int, autoencoder_steps: int) -> SweepSpe
             "about": f"CALM and token Transformers at {asked.minutes:g} minutes of training each.",
             "data": data,
             "base": {"autoencoder": {**encoder, "train": {**encoder.get("train", {}), "steps": autoencoder_steps}}},
-            "rows": [_row(arm, arena(arm, vocab_size, asked.minutes)) for arm in asked.arms],
+            "rows": [_row(arm, arena(arm, vocab_size, asked.minutes), asked.layers.get(arm)) for arm in asked.arms],
             "seeds": list(range(asked.seeds)),
             "budget": {"seconds": asked.seconds, "autoencoder": True},
             "evaluate": {
@@ -98,6 +105,20 @@ def spec_of(asked: Bakeoff, vocab_size: int, autoencoder_steps: int) -> SweepSpe
     )
 
 
-def _row(arm: str, settings: dict[str, Any]) -> dict[str, Any]:
+def layers_of(asked: str, arms: Sequence[str]) -> dict[str, int]:
+    """ "2", for every arm, or "calm=2,token=3". Raises ConfigError for other words."""
+    found: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in asked.split(","))):
+        arm, equals, number = part.rpartition("=")
+        if not number.strip().isdecimal() or (equals and not arm.strip()):
+            raise ConfigError(f"layers must be a number, or ARM=N for some arms, as calm=2,token=3; got {asked!r}")
+        found |= dict.fromkeys([arm.strip()] if equals else arms, int(number))
+    return found
+
+
+def _row(arm: str, settings: dict[str, Any], layers: int | None) -> dict[str, Any]:
     stage = ARMS[arm][0]
+    if layers is not None:
+        backbone = settings["model"]["backbone"] | {"layers": layers}
+        settings = settings | {"model": settings["model"] | {"backbone": backbone}}
     return {"name": arm, "stage": stage, **{f"{stage}.{section}": value for section, value in settings.items()}}

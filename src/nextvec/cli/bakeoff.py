@@ -38,6 +38,14 @@ def bakeoff(
         str, typer.Option(help="Key (JSON) or column (parquet, datasets) that holds the text.")
     ] = "text",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    layers: Annotated[
+        str,
+        typer.Option(
+            metavar="N",
+            help="Of every arm's backbone, or of some: calm=2,token=3. The best depth grows with the budget and differs "
+            "between arms (docs/bakeoff.md). Default: the recipe's.",
+        ),
+    ] = "",
 ) -> None:
     """Train CALM and token Transformers on your text for equal seconds, score them, and say which to use.
 
@@ -47,11 +55,12 @@ def bakeoff(
     import sys
 
     from nextvec.bakeoff.run import run_bakeoff
-    from nextvec.bakeoff.settings import Bakeoff
+    from nextvec.bakeoff.settings import Bakeoff, layers_of
 
+    names = tuple(name.strip() for name in arms.split(",") if name.strip())
     asked = Bakeoff(
-        tuple(data or ()), minutes, out, tuple(name.strip() for name in arms.split(",") if name.strip()), seeds, vocab_size,
-        tokenizer, shards, valid_fraction, text_key, device,
+        tuple(data or ()), minutes, out, names, seeds, vocab_size, tokenizer, shards, valid_fraction, text_key, device,
+        layers_of(layers, names),
     )  # fmt: skip
     outcome = run_bakeoff(asked, command=shlex.join(["nextvec", *sys.argv[1:]]), say=_say)
     if outcome is None:
