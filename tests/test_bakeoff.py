@@ -6,16 +6,18 @@ import functools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nextvec.bakeoff import Bakeoff, measure, run, settings
+from nextvec.bakeoff.depth import choose_depths
 from nextvec.bakeoff.run import Outcome, run_bakeoff
 from nextvec.bakeoff.settings import layers_of, spec_of
 from nextvec.cli import main
-from nextvec.config import AutoencoderRun, CalmRun, RunConfig
+from nextvec.config import AutoencoderRun, CalmRun, RunConfig, TokenLMRun
 from nextvec.errors import ConfigError, DataError
 from nextvec.recipes import AUTOENCODER_LEAST as LEAST
 from nextvec.recipes import AUTOENCODER_MOST, AUTOENCODER_SHARE, KINDS, arena, autoencoder_steps
@@ -133,8 +135,8 @@ def test_speeds_are_those_of_all_arms_and_their_samplers(outcome: Outcome) -> No
 def test_the_verdict_is_told_in_markdown_and_on_a_page(outcome: Outcome, tmp_path: Path) -> None:
     text = markdown(outcome)
     assert f"Of CALM's 60 s its autoencoder has 20 s ({LEAST:,} steps) and the model 40 s (40 steps)" in text
-    assert "| calm | 40 | 5.12k | 40 | 20 |" in text
-    assert "| multi-token | 60 | 7.68k | 60 | none |" in text
+    assert "| calm | 1 | 40 | 5.12k | 40 | 20 |" in text
+    assert "| multi-token | 1 | 60 | 7.68k | 60 | none |" in text
     assert text.count("Break-even: ") + text.count("nothing is decided") == 2
     write_page(outcome, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -245,6 +247,40 @@ def test_each_arm_may_have_its_own_depth(tmp_path: Path) -> None:
     for words in ("two", "calm=", "=2", "calm=2.5", "-1"):
         with pytest.raises(ConfigError, match="layers must be a number, or ARM=N for some arms"):
             layers_of(words, arms)
+
+
+def test_an_arm_gets_the_layers_that_its_tokens_feed(tmp_path: Path) -> None:
+    """A step of the token Transformer takes as many times a quarter of a second as it has layers; of CALM always half of one."""
+
+    def step(config: RunConfig) -> float:
+        if isinstance(config, AutoencoderRun):
+            return 20 / AUTOENCODER_MOST
+        return config.model.backbone.layers / 4 if isinstance(config, TokenLMRun) else 0.5
+
+    per_layer = 16 * (4 * 16 + 2 + 3 * 16)  # of TINY's width
+    turns: list[int] = []
+    found = {}
+    for seconds in (100, 320, 1000, 5000):
+        given = asked(tmp_path, minutes=seconds / 60, arms=("calm", "token"))
+        out = tmp_path / str(seconds)
+        out.mkdir()
+        found[seconds] = choose_depths(out, given, STUB, step, lambda jobs: turns.append(len(jobs)))
+        assert choose_depths(out, given, STUB, rate, lambda jobs: turns.append(-1)) == found[seconds]  # kept
+        only = replace(given, layers={"token": 3})
+        assert list(choose_depths(out, only, STUB, rate, lambda jobs: turns.append(-1))) == ["calm"]
+    assert turns == [4] * 4
+    for seconds, depths in found.items():
+        read = {"calm": 128 * (seconds - 20) / 0.5, "token": 128 * seconds * 4 / depths["token"].layers}
+        for arm, depth in depths.items():
+            assert depth.tokens == pytest.approx(read[arm], rel=0.02)
+            assert depth.fed == depth.tokens / 20
+            assert depth.layers == 1 or depth.fed > 0.99 * depth.layers * per_layer
+    assert [each["calm"].layers for each in found.values()] == [1, 2, 4, 4]
+    assert [each["token"].layers for each in found.values()] == [1, 2, 3, 4]
+    path = tmp_path / "100" / "depth.json"
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"depth\.json"):
+        choose_depths(path.parent, asked(tmp_path), STUB, rate, lambda jobs: None)
 
 
 # --- refusals

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nextvec.bakeoff.curve import Curve, break_even, curve_of
+from nextvec.bakeoff.depth import choose_depths
 from nextvec.bakeoff.measure import FIGURES, Planned, load_model, measure, planned
 from nextvec.bakeoff.settings import NAME, Bakeoff, spec_of
 from nextvec.bakeoff.speed import measure_speeds
@@ -66,8 +67,9 @@ def run_bakeoff(
         open_folder(out, draft)
         corpus = open_corpus(draft, out, say)
         vocabulary = Vocabulary(corpus.tokenizer.vocab_size, corpus.tokenizer.mask_id)
-        jobs = make_jobs(draft, _no_rate, vocabulary)
-        _check_enough(asked, corpus, jobs)
+        _check_enough(asked, corpus, make_jobs(draft, _no_rate, vocabulary))
+        asked = _with_depths(out, asked, vocabulary, rate, place, say)
+        jobs = make_jobs(_draft(asked), _no_rate, vocabulary)
         rates = rate or Rates(out / RATES, place)
         encoder = next((job.autoencoder for job in jobs if job.autoencoder is not None), None)
         if isinstance(rates, Rates):
@@ -150,6 +152,27 @@ def _check_same(out: Path, asked: Bakeoff) -> None:
             f"{out} holds a bake-off of {seconds / 60:g} minutes, begun before; give --minutes {seconds / 60:g}, or another "
             "folder with --out"
         )
+
+
+def _with_depths(
+    out: Path, asked: Bakeoff, vocabulary: Vocabulary, rate: Rate | None, place: torch.device, say: Say
+) -> Bakeoff:
+    """Every arm with a depth: the one asked for, or the one that its budget feeds."""
+    trial = rate or Rates(
+        out / RATES, place, keep=False
+    )  # the rates of the depths chosen are measured in turn of their own
+
+    def in_turn(jobs: Sequence[Job]) -> None:
+        if isinstance(trial, Rates):
+            trial.in_turn(jobs)
+
+    found = choose_depths(out, asked, vocabulary, trial, in_turn)
+    for arm, depth in found.items():
+        say(
+            f"{arm}: {depth.layers} {'layer' if depth.layers == 1 else 'layers'}; {depth.tokens / 1e6:.3g} million tokens in "
+            f"{asked.minutes:g} minutes feed {depth.fed / 1e6:.2g} million parameters (--layers N asks for others)"
+        )
+    return replace(asked, layers={**{arm: depth.layers for arm, depth in found.items()}, **asked.layers})
 
 
 def _autoencoder_steps(asked: Bakeoff, step_seconds: float) -> int:

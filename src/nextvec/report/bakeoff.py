@@ -80,6 +80,7 @@ def verdict(outcome: Outcome) -> list[str]:
 def _arms(outcome: Outcome) -> Table:
     head = [
         "arm",
+        "layers",
         "steps",
         "tokens",
         "model, s",
@@ -95,6 +96,7 @@ def _arms(outcome: Outcome) -> Table:
         body.append(
             [
                 row.name,
+                str(outcome.asked.layers[row.name]),
                 f"{plan.steps:,}",
                 count(plan.steps * plan.tokens_per_step),
                 f"{plan.seconds:.0f}",
