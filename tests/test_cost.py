@@ -190,7 +190,7 @@ WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
 
 FACTORED = TINY.autoencoder.override(latent=12, factored=True)
 CATEGORICAL = TINY.model_copy(update={"autoencoder": FACTORED, "head": CategoricalHeadConfig(blocks=2, steps=4)})
-MIXTURE = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2)})
+MIXTURE = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2, inner=20)})
 RECALL = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2, recall=2)})
 WITH_INPUTS = [TINY.override(input=form) for form in ("latents", "both")]
 

@@ -89,7 +89,8 @@ class MixtureHeadConfig(Config):
     """Mixture head: place after place, one of V Gaussians; for a factored autoencoder (docs/heads.md) [D]."""
 
     kind: Literal["mixture"] = "mixture"
-    blocks: Count = 1  # residual blocks of the backbone's width, inner too, run at every place; 0 for none
+    blocks: Count = 1  # residual blocks of the backbone's width, run at every place; 0 for none
+    inner: Positive | None = None  # their inner width; None: the backbone's width
     recall: Count = (
         0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
     )

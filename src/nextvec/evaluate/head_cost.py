@@ -64,7 +64,7 @@ def head_cost(config: CalmConfig, split: bool, context: int) -> HeadCost:
     if isinstance(head, MixtureHeadConfig):
         K, logits = config.patch_size, 2 * config.vocab_size * D
         asked, told = recall_operations(head.recall, D, context * K)
-        window, place = max(1, K - 1), 6 * head.blocks * square + asked
+        window, place = max(1, K - 1), 6 * head.blocks * D * (head.inner or D) + asked
         once = 2 * K * square + K * 2 * window * square  # slots, and what the tokens before the patch tell its places
         known = config.vocab_size * window * (D + head.recall * DIM) <= MOST_TOLD
         tells = 0 if known else 2 * window * (D + head.recall * DIM) * D  # by each token drawn but the last
@@ -132,7 +132,7 @@ def head_parameters(config: CalmConfig) -> int:
         return (
             places
             + 2 * config.vocab_size * D
-            + head.blocks * (3 * square + D)
+            + head.blocks * (3 * D * (head.inner or D) + D)
             + 2 * D
             + recall_parameters(head.recall, D)
         )

@@ -59,7 +59,8 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.embedding_norm = RMSNorm(width, eps=eps)
         self.before = nn.Linear(self.window * width, width, bias=False)
-        self.blocks = nn.ModuleList(ResidualMLP(width, width, eps) for _ in range(config.head.blocks))
+        inner = config.head.inner or width
+        self.blocks = nn.ModuleList(ResidualMLP(width, inner, eps) for _ in range(config.head.blocks))
         self.norm = RMSNorm(width, eps=eps)
         self.output = nn.Linear(width, config.vocab_size, bias=False)
         self.recall = Recall(width, config.head.recall) if config.head.recall else None
