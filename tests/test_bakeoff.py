@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,43 +244,98 @@ def test_each_arm_may_have_its_own_depth(tmp_path: Path) -> None:
     spec = spec_of(asked(tmp_path, arms=arms, layers=layers_of("calm=1,token=7", arms)), 2048, 80)
     made = [row[f"{row['stage']}.model"]["backbone"] for row in spec.rows]
     assert made == [usual[0] | {"layers": 1}, usual[1] | {"layers": 7}, usual[2]]
-    for words in ("two", "calm=", "=2", "calm=2.5", "-1"):
-        with pytest.raises(ConfigError, match="layers must be a number, or ARM=N for some arms"):
+    for words in ("two", "calm=", "=2", "calm=2.5", "-1", "2,3", "calm=2,calm=5"):
+        with pytest.raises(ConfigError, match="--layers takes a number, or ARM=N once for an arm"):
             layers_of(words, arms)
+    assert layers_of("token=3,2", arms) == layers_of("2, token=3", arms)
+
+
+def step(config: RunConfig) -> float:
+    """A step of the token Transformer takes as many times a quarter of a second as it has layers; of CALM always half of one."""
+    if isinstance(config, AutoencoderRun):
+        return 20 / AUTOENCODER_MOST
+    return config.model.backbone.layers / 4 if isinstance(config, TokenLMRun) else 0.5
+
+
+def chosen(out: Path, given: Bakeoff, turns: list[int], rate: Callable[[RunConfig], float] = step) -> dict[str, int]:
+    """Layers by arm, of a text without end; `turns` gets how many jobs were timed."""
+    out.mkdir(exist_ok=True)
+    depths = choose_depths(
+        out, given, STUB, 10**12, rate, lambda jobs: turns.append(len(jobs)), lambda step: AUTOENCODER_MOST * step
+    )
+    return {arm: depth.layers for arm, depth in depths.items()}
 
 
 def test_an_arm_gets_the_layers_that_its_tokens_feed(tmp_path: Path) -> None:
-    """A step of the token Transformer takes as many times a quarter of a second as it has layers; of CALM always half of one."""
-
-    def step(config: RunConfig) -> float:
-        if isinstance(config, AutoencoderRun):
-            return 20 / AUTOENCODER_MOST
-        return config.model.backbone.layers / 4 if isinstance(config, TokenLMRun) else 0.5
-
     per_layer = 16 * (4 * 16 + 2 + 3 * 16)  # of TINY's width
     turns: list[int] = []
     found = {}
     for seconds in (100, 320, 1000, 5000):
         given = asked(tmp_path, minutes=seconds / 60, arms=("calm", "token"))
-        out = tmp_path / str(seconds)
-        out.mkdir()
-        found[seconds] = choose_depths(out, given, STUB, step, lambda jobs: turns.append(len(jobs)))
-        assert choose_depths(out, given, STUB, rate, lambda jobs: turns.append(-1)) == found[seconds]  # kept
-        only = replace(given, layers={"token": 3})
-        assert list(choose_depths(out, only, STUB, rate, lambda jobs: turns.append(-1))) == ["calm"]
+        layers = chosen(tmp_path / str(seconds), given, turns)
+        found[seconds] = layers
+        read = {"calm": 128 * (seconds - 20) / 0.5, "token": 128 * seconds * 4 / layers["token"]}
+        for arm in layers:
+            assert layers[arm] == 1 or read[arm] / 20 > 0.99 * layers[arm] * per_layer
+    assert [each["calm"] for each in found.values()] == [1, 2, 4, 4]
+    assert [each["token"] for each in found.values()] == [1, 2, 3, 4]
     assert turns == [4] * 4
-    for seconds, depths in found.items():
-        read = {"calm": 128 * (seconds - 20) / 0.5, "token": 128 * seconds * 4 / depths["token"].layers}
-        for arm, depth in depths.items():
-            assert depth.tokens == pytest.approx(read[arm], rel=0.02)
-            assert depth.fed == depth.tokens / 20
-            assert depth.layers == 1 or depth.fed > 0.99 * depth.layers * per_layer
-    assert [each["calm"].layers for each in found.values()] == [1, 2, 4, 4]
-    assert [each["token"].layers for each in found.values()] == [1, 2, 3, 4]
-    path = tmp_path / "100" / "depth.json"
-    path.write_text("{")
-    with pytest.raises(DataError, match=r"depth\.json"):
-        choose_depths(path.parent, asked(tmp_path), STUB, rate, lambda jobs: None)
+    long = asked(tmp_path, minutes=5000 / 60, arms=("calm",))
+    few = choose_depths(tmp_path, long, STUB, 20_000, step, lambda jobs: None, lambda step: 20.0)
+    assert few["calm"].layers == 2, "four passes over a text of 20,000 tokens are 80,000"
+    assert few["calm"].fed == 80_000 / 20
+
+
+def test_depths_are_kept_for_the_budget_they_were_chosen_for(tmp_path: Path) -> None:
+    given, out = asked(tmp_path, minutes=1000 / 60, arms=("calm", "token")), tmp_path / "out"
+    turns: list[int] = []
+    assert chosen(out, given, turns) == {"calm": 4, "token": 3}
+
+    def slower(config: RunConfig) -> float:
+        return 10 * step(config)
+
+    assert chosen(out, given, turns, slower) == {"calm": 4, "token": 3}
+    assert turns == [4], "nothing was timed again"
+    three = replace(given, arms=("calm", "token", "multi-token"))
+    assert chosen(out, three, turns, slower) == {"calm": 4, "token": 3, "multi-token": 1}
+    assert turns == [4, 2], "only the arm that is new"
+    assert chosen(out, replace(given, layers={"token": 1}), turns, slower) == {"calm": 4}
+    assert chosen(out, replace(given, minutes=100 / 60), turns) == {"calm": 1, "token": 1}
+    for damaged in ("{", "[]", '{"of": {}}', '{"of": {}, "depths": {"calm": {"layers": 2}}}'):
+        (out / "depth.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"depth\.json"):
+            chosen(out, given, turns)
+    (out / "depth.json").unlink()
+    with pytest.raises(ConfigError, match="too few"):
+        choose_depths(out, given, STUB, 1, step, lambda jobs: None, functools.partial(_refuse, "too few"))
+    assert not (out / "depth.json").exists()
+
+
+def _refuse(why: str, step: float) -> float:
+    raise ConfigError(why)
+
+
+@pytest.mark.slow
+def test_a_bakeoff_goes_on_with_the_depth_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the arms differ, and whatever the budget would feed by now."""
+    write_texts(tmp_path / "texts", 24)
+    given = asked(tmp_path, arms=("multi-token",), layers={"multi-token": 2})
+    said: list[str] = []
+    first = run_bakeoff(given, say=said.append, show=False, rate=rate)
+    assert first is not None
+    more = replace(given, arms=("multi-token", "token"), layers={})
+    found = run_bakeoff(more, say=said.append, show=False, rate=rate)
+    assert found is not None
+    assert found.asked.layers == {"multi-token": 2, "token": 1}
+    assert [line for line in said if "layer" in line] == [
+        "token: 1 layer of 0.0018 million parameters; 1 minutes and this text feed 0.00038 million",
+        "--layers asks for other depths, of all arms or of some: calm=2,token=3",
+    ]
+    for arm, layers in found.asked.layers.items():
+        model = load_run(next((tmp_path / "out" / "rows").glob(f"*/{arm}/seed-0"))).model
+        assert model.config.backbone.layers == layers  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="was edited after rows were run"):
+        run_bakeoff(replace(more, layers={"multi-token": 1}), say=said.append, show=False, rate=rate)
 
 
 # --- refusals
@@ -298,8 +353,12 @@ def test_an_arm_gets_the_layers_that_its_tokens_feed(tmp_path: Path) -> None:
         ({"data": ()}, "a bake-off needs text: give either --data SRC or --shards DIR"),
         ({"data": (), "shards": "x", "tokenizer": "bytes"}, "shards have their tokenizer: leave --tokenizer out"),
         ({"valid_fraction": 1.0}, "valid-fraction must be above 0 and below 1; got 1"),
-        ({"arms": ("calm",), "layers": {"token": 2}}, "layers are given for 'token', and the arms are calm"),
-        ({"layers": {"calm": 0}}, "layers of calm must be at least 1; got 0"),
+        (
+            {"arms": ("calm",), "layers": {"token": 2}},
+            "--layers names token, which is not among the arms: add it to --arms, or leave it out",
+        ),
+        ({"layers": {"calmm": 2}}, "unknown arm in --layers 'calmm'; did you mean 'calm'?"),
+        ({"layers": {"calm": 0}}, "a backbone has at least 1 layer; got --layers calm=0"),
     ],
 )
 def test_a_mistake_is_one_sentence(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:

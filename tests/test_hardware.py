@@ -278,13 +278,11 @@ def test_bf16_where_it_is_emulated_is_said_in_a_sentence(monkeypatch: pytest.Mon
     assert hardware.slow_precision("bf16", torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_one_of_several_processes_leaves_at_once_with_its_status_and_all_it_said(processes: str) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_process_beside_others_leaves_at_once_with_its_status_and_all_it_said(beside: bool) -> None:
     """Python's own end would run what is registered for it, and wait for threads."""
-    words = "import atexit; atexit.register(print, 'ended'); from nextvec.process import leave; print('said'); leave(3)"
-    environment = {**os.environ, "WORLD_SIZE": processes}
-    done = subprocess.run(
-        [sys.executable, "-c", words], capture_output=True, text=True, check=False, env=environment, timeout=60
-    )
+    words = "import atexit; atexit.register(print, 'ended'); from nextvec import process; print('said'); "
+    words += "process.run_beside_others(); process.leave(3)" if beside else "process.leave(3)"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 3
-    assert done.stdout.split() == (["said", "ended"] if processes == "1" else ["said"])
+    assert done.stdout.split() == (["said"] if beside else ["said", "ended"])

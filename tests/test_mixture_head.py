@@ -29,7 +29,7 @@ def calm(blocks: int = 1, patch_size: int = K, recall: int = 0) -> Calm:
             vocab_size=VOCAB, patch_size=patch_size, width=16, inner=24, latent=patch_size * E, factored=True
         ),
         backbone=BackboneConfig(layers=1, width=D, inner=20, heads=2),
-        head=MixtureHeadConfig(blocks=blocks, inner=12, recall=recall),
+        head=MixtureHeadConfig(blocks=blocks, inner=12 if blocks > 1 else None, recall=recall),
     )
     model = Calm(config).double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)

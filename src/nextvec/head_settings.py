@@ -95,6 +95,12 @@ class MixtureHeadConfig(Config):
         0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.inner is not None and not self.blocks:
+            raise ValueError("inner is the inner width of blocks, and blocks is 0: leave it out, or give blocks")
+        return self
+
 
 class AutoregressiveHeadConfig(Config):
     """A causal decoder over the K tokens of the next patch, given the state: tokens with likelihoods, no latent [D]."""

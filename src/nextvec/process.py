@@ -1,5 +1,4 @@
-"""Settings of the process that decide how fast a CPU works: how long waiting threads spin, freed memory kept for reuse. And
-its end.
+"""The process: how long waiting threads spin and whether freed memory is kept, which decide how fast a CPU works; how it ends.
 
 Nothing here imports torch, so that the command line can call it first.
 """
@@ -10,7 +9,6 @@ import ctypes
 import os
 import sys
 import time
-from contextlib import suppress
 from typing import NoReturn
 
 SPIN_ALONE, SPIN_SHARED = 3000, 300  # rounds that a waiting thread spins
@@ -63,16 +61,27 @@ def keep_freed_memory(keep: bool = True) -> None:
     mallopt(_TRIM_THRESHOLD, (1 << 31) - 1 if keep else _USUAL)
 
 
+_beside = False
+
+
+def run_beside_others() -> None:
+    """Note that this process talks to others by torch.distributed: see `leave`."""
+    global _beside
+    _beside = True
+
+
 def leave(status: int) -> NoReturn:
-    """End the process with this exit status; one of several under a launcher without Python's own way out.
+    """End the process with this exit status; one that talked to others without Python's own way out.
 
     gloo's threads outlive their process group (DTensor's caches hold its mesh) and may still be letting go of the last
     tensors. One of them that asks for the interpreter while that shuts down is unwound through C++ that cannot be, and a
     run that had finished ends with SIGABRT.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
+    if not _beside:
+        sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # what was said is lost
+            status = status or 1
+    os._exit(status)

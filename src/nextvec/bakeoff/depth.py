@@ -2,50 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nextvec.bakeoff.settings import Bakeoff, spec_of
+from nextvec.errors import DataError
 from nextvec.files import read_json, write_json
 from nextvec.law.points import backbone_parameters
-from nextvec.recipes import AUTOENCODER_LEAST, autoencoder_steps
+from nextvec.recipes import AUTOENCODER_LEAST
+from nextvec.sweep.folder import JOB
 from nextvec.sweep.plan import Job, Rate, Vocabulary, make_jobs, tokens_per_step
 
 FILE = "depth.json"
-# Tokens of text for a parameter of the backbone: what a training with a fixed budget of operations spends best on both
-# (Hoffmann et al. 2022, arXiv 2203.15556). Checked at 10 and 30 minutes of two cores for both arms (docs/recipe.md).
+# Tokens of text for a parameter of the backbone (Hoffmann et al. 2022, arXiv 2203.15556, who count all parameters of larger
+# models); how it fits the depths that were tried is in docs/recipe.md.
 TOKENS = 20.0
+PASSES = 4  # over the same text, of which a token counts as a new one (Muennighoff et al. 2023, arXiv 2305.16264)
 MOST = 4  # layers, as many as were tried
 
 
 @dataclass(frozen=True)
 class Depth:
-    """tokens: that the arm would read with so many layers; fed: parameters of the backbone for which they are enough."""
+    """Layers of an arm's backbone. parameters: that it then has; tokens: that it then reads, about; fed: parameters for which
+    these are enough."""
 
     layers: int
+    parameters: float
     tokens: float
     fed: float
 
 
-def choose_depths(
-    out: Path, asked: Bakeoff, vocabulary: Vocabulary, rate: Rate, in_turn: Callable[[Sequence[Job]], None]
-) -> dict[str, Depth]:
-    """Of the arms for which no layers are asked; kept in `out`, so that a bake-off goes on as it began.
+def begun_layers(out: Path, arms: Sequence[str]) -> dict[str, int]:
+    """Of the arms that have a row in `out` already, which goes on as it began. Raises DataError where a row is damaged."""
+    found = {}
+    for arm in arms:
+        for path in sorted(out.glob(f"rows/*/{arm}/*/{JOB}")):
+            try:
+                stage = path.parents[2].name
+                found[arm] = int(read_json(path, "begun row")["identity"][stage]["model"]["backbone"]["layers"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path} is damaged: it does not say how deep its model is; remove its folder"
+                ) from error
+    return found
 
-    Steps of one layer and of MOST are timed, those between lie on a line. in_turn: measures the rates of jobs.
+
+def choose_depths(
+    out: Path,
+    asked: Bakeoff,
+    vocabulary: Vocabulary,
+    text_tokens: int,
+    rate: Rate,
+    in_turn: Callable[[Sequence[Job]], None],
+    encoder_seconds: Callable[[float], float],
+) -> dict[str, Depth]:
+    """Of the arms for which no layers are asked. Kept in `out`, so that another process at the same bake-off takes the same.
+
+    Steps of one layer and of MOST are timed; those between lie on a line. text_tokens: in the text; in_turn: times the steps
+    of jobs; rate: seconds of a step; encoder_seconds: of CALM's autoencoder, by the seconds of one of its steps. Raises what
+    that raises, ConfigError for settings that are no model, and DataError for a damaged depth.json.
     """
     arms = [arm for arm in asked.arms if arm not in asked.layers]
-    path = out / FILE
-    known: dict[str, Any] = read_json(path, "depths of the arms") if path.is_file() else {}
-    if any(arm not in known for arm in arms):
-        few, many = (_jobs(asked, arms, layers, vocabulary) for layers in (1, MOST))
+    kept = _kept(out / FILE, {"seconds": asked.seconds, "vocabulary": vocabulary.vocab_size, "device": asked.device})
+    new = [arm for arm in arms if arm not in kept.depths]
+    if new:
+        few, many = (_jobs(asked, new, layers, vocabulary) for layers in (1, MOST))
         in_turn([*few, *many])
-        for arm, shallow, deep in zip(arms, few, many, strict=True):
-            known[arm] = asdict(_depth(asked, shallow, deep, rate))
-        write_json(path, known)
-    return {arm: Depth(**known[arm]) for arm in arms}
+        for arm, shallow, deep in zip(new, few, many, strict=True):
+            kept.depths[arm] = _depth(asked, shallow, deep, PASSES * text_tokens, rate, encoder_seconds)
+        depths = {arm: vars(depth) for arm, depth in kept.depths.items()}
+        write_json(out / FILE, {"of": kept.of, "depths": depths})
+    return {arm: kept.depths[arm] for arm in arms}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    of: Mapping[str, Any]  # what the depths were chosen for
+    depths: dict[str, Depth]
+
+
+def _kept(path: Path, of: Mapping[str, Any]) -> _Kept:
+    """What was chosen before for the same budget; nothing where there is none or it was for another."""
+    if not path.is_file():
+        return _Kept(of, {})
+    try:
+        found = read_json(path, "depths of the arms")
+        depths = {str(arm): Depth(**depth) for arm, depth in found["depths"].items()}
+        return _Kept(of, depths if found["of"] == of else {})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: remove it, and depths are chosen again") from error
 
 
 def _jobs(asked: Bakeoff, arms: Sequence[str], layers: int, vocabulary: Vocabulary) -> list[Job]:
@@ -55,20 +102,18 @@ def _jobs(asked: Bakeoff, arms: Sequence[str], layers: int, vocabulary: Vocabula
     return make_jobs(spec, lambda run: 1.0, vocabulary)
 
 
-def _depth(asked: Bakeoff, few: Job, many: Job, rate: Rate) -> Depth:
-    seconds = asked.seconds
-    if few.autoencoder is not None:
-        step = rate(few.autoencoder)
-        seconds -= autoencoder_steps(seconds, step) * step
-    smallest, largest = (backbone_parameters(job.run) for job in (few, many))
-    quickest, slowest = rate(few.run), rate(many.run)
+def _depth(
+    asked: Bakeoff, few: Job, many: Job, most_tokens: float, rate: Rate, encoder_seconds: Callable[[float], float]
+) -> Depth:
+    left = asked.seconds - (encoder_seconds(rate(few.autoencoder)) if few.autoencoder is not None else 0.0)
+
+    def between(one: float, most: float, layers: int) -> float:
+        return one + (layers - 1) / (MOST - 1) * (most - one)
 
     def tried(layers: int) -> Depth:
-        share = (layers - 1) / (MOST - 1)
-        tokens = max(seconds, 0.0) * tokens_per_step(few.run) / (quickest + share * (slowest - quickest))
-        return Depth(layers, tokens, tokens / TOKENS)
+        tokens = left * tokens_per_step(few.run) / between(rate(few.run), rate(many.run), layers)
+        parameters = between(backbone_parameters(few.run), backbone_parameters(many.run), layers)
+        return Depth(layers, parameters, tokens, min(tokens, most_tokens) / TOKENS)
 
-    def fits(depth: Depth) -> bool:
-        return depth.fed >= smallest + (depth.layers - 1) / (MOST - 1) * (largest - smallest)
-
-    return next((depth for layers in range(MOST, 1, -1) if fits(depth := tried(layers))), tried(1))
+    depths = [tried(layers) for layers in range(MOST, 0, -1)]
+    return next((depth for depth in depths if depth.fed >= depth.parameters), depths[-1])

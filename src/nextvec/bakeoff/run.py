@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nextvec.bakeoff.curve import Curve, break_even, curve_of
-from nextvec.bakeoff.depth import choose_depths
+from nextvec.bakeoff.depth import begun_layers, choose_depths
 from nextvec.bakeoff.measure import FIGURES, Planned, load_model, measure, planned
 from nextvec.bakeoff.settings import NAME, Bakeoff, spec_of
 from nextvec.bakeoff.speed import measure_speeds
@@ -68,7 +68,7 @@ def run_bakeoff(
         corpus = open_corpus(draft, out, say)
         vocabulary = Vocabulary(corpus.tokenizer.vocab_size, corpus.tokenizer.mask_id)
         _check_enough(asked, corpus, make_jobs(draft, _no_rate, vocabulary))
-        asked = _with_depths(out, asked, vocabulary, rate, place, say)
+        asked = _with_depths(out, asked, corpus, vocabulary, rate, place, say)
         jobs = make_jobs(_draft(asked), _no_rate, vocabulary)
         rates = rate or Rates(out / RATES, place)
         encoder = next((job.autoencoder for job in jobs if job.autoencoder is not None), None)
@@ -155,23 +155,27 @@ def _check_same(out: Path, asked: Bakeoff) -> None:
 
 
 def _with_depths(
-    out: Path, asked: Bakeoff, vocabulary: Vocabulary, rate: Rate | None, place: torch.device, say: Say
+    out: Path, asked: Bakeoff, corpus: Corpus, vocabulary: Vocabulary, rate: Rate | None, place: torch.device, say: Say
 ) -> Bakeoff:
-    """Every arm with a depth: the one asked for, or the one that its budget feeds."""
-    trial = rate or Rates(
-        out / RATES, place, keep=False
-    )  # the rates of the depths chosen are measured in turn of their own
+    """Every arm with a depth: the one asked for, the one of its rows that are begun, or the one that its budget feeds."""
+    asked = replace(asked, layers={**begun_layers(out, asked.arms), **asked.layers})
+    trial = rate or Rates(out / RATES, place, keep=False)  # the depths chosen are timed in turn among themselves
 
     def in_turn(jobs: Sequence[Job]) -> None:
         if isinstance(trial, Rates):
             trial.in_turn(jobs)
 
-    found = choose_depths(out, asked, vocabulary, trial, in_turn)
+    def encoder_seconds(step: float) -> float:
+        return _autoencoder_steps(asked, step) * step
+
+    found = choose_depths(out, asked, vocabulary, corpus.shards.tokens, trial, in_turn, encoder_seconds)
     for arm, depth in found.items():
         say(
-            f"{arm}: {depth.layers} {'layer' if depth.layers == 1 else 'layers'}; {depth.tokens / 1e6:.3g} million tokens in "
-            f"{asked.minutes:g} minutes feed {depth.fed / 1e6:.2g} million parameters (--layers N asks for others)"
+            f"{arm}: {depth.layers} {'layer' if depth.layers == 1 else 'layers'} of {depth.parameters / 1e6:.2g} million "
+            f"parameters; {asked.minutes:g} minutes and this text feed {depth.fed / 1e6:.2g} million"
         )
+    if found:
+        say("--layers asks for other depths, of all arms or of some: calm=2,token=3")
     return replace(asked, layers={**{arm: depth.layers for arm, depth in found.items()}, **asked.layers})
 
 

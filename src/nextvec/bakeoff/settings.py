@@ -40,7 +40,9 @@ class Bakeoff:
     valid_fraction: float = 0.05  # of the documents
     text_key: str = "text"
     device: str = "auto"
-    layers: Mapping[str, int] = field(default_factory=dict)  # of the backbone, by arm, where they are not the recipe's
+    layers: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of the backbone, by arm, where they are not the budget's (depth.py)
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= MOST_MINUTES:
@@ -59,10 +61,14 @@ class Bakeoff:
             if arm not in ARMS:
                 raise ConfigError(unknown_name("arm", arm, list(ARMS)))
         for arm, layers in self.layers.items():
+            if arm not in ARMS:
+                raise ConfigError(unknown_name("arm in --layers", arm, list(ARMS)))
             if arm not in self.arms:
-                raise ConfigError(f"layers are given for {arm!r}, and the arms are {', '.join(self.arms)}")
+                raise ConfigError(
+                    f"--layers names {arm}, which is not among the arms: add it to --arms, or leave it out"
+                )
             if layers < 1:
-                raise ConfigError(f"layers of {arm} must be at least 1; got {layers}")
+                raise ConfigError(f"a backbone has at least 1 layer; got --layers {arm}={layers}")
         if len(set(self.arms)) < len(self.arms):
             raise ConfigError(f"an arm is given twice: {', '.join(self.arms)}")
 
@@ -106,14 +112,18 @@ def spec_of(asked: Bakeoff, vocab_size: int, autoencoder_steps: int) -> SweepSpe
 
 
 def layers_of(asked: str, arms: Sequence[str]) -> dict[str, int]:
-    """ "2", for every arm, or "calm=2,token=3". Raises ConfigError for other words."""
-    found: dict[str, int] = {}
+    """ "2", for every arm, "calm=2,token=3", or "2,token=3" for all the others. Raises ConfigError for other words."""
+    every: dict[str, int] = {}
+    named: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in asked.split(","))):
-        arm, equals, number = part.rpartition("=")
-        if not number.strip().isdecimal() or (equals and not arm.strip()):
-            raise ConfigError(f"layers must be a number, or ARM=N for some arms, as calm=2,token=3; got {asked!r}")
-        found |= dict.fromkeys([arm.strip()] if equals else arms, int(number))
-    return found
+        arm, equals, number = (word.strip() for word in part.rpartition("="))
+        if not number.isdecimal() or (equals and not arm) or (arm in named if equals else bool(every)):
+            raise ConfigError(f"--layers takes a number, or ARM=N once for an arm, as calm=2,token=3; got {asked!r}")
+        if equals:
+            named[arm] = int(number)
+        else:
+            every = dict.fromkeys(arms, int(number))
+    return every | named
 
 
 def _row(arm: str, settings: dict[str, Any], layers: int | None) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def bakeoff(
         str,
         typer.Option(
             metavar="N",
-            help="Of every arm's backbone, or of some: calm=2,token=3. The best depth grows with the budget and differs "
-            "between arms (docs/bakeoff.md). Default: the recipe's.",
+            help="Of every arm's backbone, or of some: calm=2,token=3. Default: as many as each arm's budget feeds "
+            "(docs/bakeoff.md).",
         ),
     ] = "",
 ) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from nextvec.config import CalmRun, RunConfig
 from nextvec.errors import ConfigError
 from nextvec.hardware import Precision
+from nextvec.process import run_beside_others
 
 T = TypeVar("T")
 
@@ -96,6 +97,7 @@ def open_world(device: torch.device) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
+    run_beside_others()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     owned = not dist.is_initialized()
