@@ -52,7 +52,7 @@ from nextvec.text.shards import TokenShards
 from nextvec.train.loop import train
 from nextvec.train.objectives import build_objective
 
-BACKBONE = BackboneConfig(layers=4, width=192, inner=512, heads=3)  # the demo's
+BACKBONE = BackboneConfig(layers=4, width=192, inner=512, heads=3)  # of docs/heads.md
 CONTEXT, ROWS = 1024, 4
 HEADS: dict[str, HeadKind] = {
     "energy": EnergyHeadConfig(blocks=2),

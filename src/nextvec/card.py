@@ -113,9 +113,9 @@ def _head(config: CalmRun) -> str:
     if isinstance(head, FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig):
         return f"{head.kind}, {head.blocks} blocks; draws in {head.steps} steps of {head.solver}"
     recall = head.recall if isinstance(head, MixtureHeadConfig | AutoregressiveHeadConfig) else 0
-    return f"{head.kind}, {head.blocks} block{'s' * (head.blocks > 1)}" + (
-        f", recall: {_recall(recall)}" if recall else ""
-    )
+    inner = head.inner if isinstance(head, MixtureHeadConfig) else None
+    parts = [head.kind, f"{head.blocks} block{'s' * (head.blocks > 1)}" + (f" of inner width {inner}" if inner else "")]
+    return ", ".join([*parts, *([f"recall: {_recall(recall)}"] if recall else [])])
 
 
 def _recall(heads: int) -> str:

@@ -28,7 +28,7 @@ from nextvec.scoring.brier import BrierResult
 
 PROMPTS = ("def ", "class ", "import ", "    def __init__(self, ")
 SAMPLE_TOKENS, SPEED_TOKENS = 96, 160
-PENALTY = 0.2  # on frequency, in the texts shown below T = 1: models of minutes go round in circles without
+PENALTY = 0.6  # on frequency, in the texts shown below T = 1: models of minutes go round in circles without
 NAMES = {"calm": "CALM", "baseline": "token Transformer"}
 
 
