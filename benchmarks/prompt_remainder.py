@@ -140,13 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rests", type=int, nargs="+", help="tokens beyond whole patches; 1 to K - 1 unless given")
     chosen = parser.parse_args(arguments)
     check_target(chosen.json)
     model = load_run(chosen.run).model
     assert isinstance(model, Calm)
     shards = TokenShards.open(chosen.data)
+    rests = chosen.rests or range(1, model.patch_size)
+    if not all(0 < rest < model.patch_size for rest in rests):
+        parser.error(f"--rests are 1 to {model.patch_size - 1}, as the model's patches have {model.patch_size} tokens")
     rows = []
-    for rest in range(1, model.patch_size):
+    for rest in rests:
         for way in (*WAYS, "token") if model.by_token else WAYS:
             row = score(model, shards, rest, way, chosen.prompts, chosen.seed)
             rows.append(row)
@@ -155,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             met = "" if row["met"] is None else f"  met {row['met']:.0%}"
             print(f"r = {rest}  {way:<10} Brier-1..{ORDER} x 100: {orders}{met}", flush=True)
-    times = {str(rest): milliseconds(model, shards, rest, chosen.seed) for rest in range(model.patch_size)}
+    times = {str(rest): milliseconds(model, shards, rest, chosen.seed) for rest in (0, *rests)}
     for rest_of, each in times.items():
         print(
             f"r = {rest_of}  first patch: " + ", ".join(f"decoded {way} {value:.1f} ms" for way, value in each.items())

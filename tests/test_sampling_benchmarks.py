@@ -86,6 +86,12 @@ def test_prompts_that_end_inside_a_patch(
     assert found["milliseconds"].keys() == {"0", "1", "2", "3"}
     assert all(value > 0 for ways in found["milliseconds"].values() for value in ways.values())
     assert capsys.readouterr().out.count("Brier-1..4 x 100") == 12
+    main([str(demo / "calm"), *data, "--prompts", "4", "--rests", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[2] for line in lines if line.startswith("r = ")} == {"3", "0"}
+    with pytest.raises(SystemExit):
+        main([str(demo / "calm"), *data, "--rests", "4"])
+    assert "--rests are 1 to 3" in capsys.readouterr().err
 
 
 def test_accuracy_against_collision(demo: Path, tmp_path: Path) -> None:
