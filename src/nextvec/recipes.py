@@ -32,9 +32,9 @@ SHIPPED = {  # arms that are shipped settings files as well (`nextvec train --co
 def arena(kind: str, vocab_size: int, minutes: float) -> dict[str, Any]:
     """Settings of one arm for a vocabulary and a budget of training in minutes, on which nothing depends yet.
 
-    calm: the mixture head on a factored autoencoder (`autoencoder`). At equal seconds it is ahead of the categorical and flow
-    heads (measured with four layers each) and of `energy`, the paper's head with S = 8 on the paper's autoencoder (`mixed-autoencoder`) with an auxiliary
-    cross-entropy, otherwise the same (docs/recipe.md).
+    calm: the mixture head on a factored autoencoder (`autoencoder`). At equal seconds, with four layers each, it is ahead of
+    the categorical and flow heads and of `energy`, the paper's head with S = 8 on the paper's autoencoder
+    (`mixed-autoencoder`) with an auxiliary cross-entropy, otherwise the same (docs/recipe.md).
     multi-token: the backbone and the patches of CALM, with a causal decoder over the K tokens of a patch in the place of
     head and autoencoder. Like the token Transformer it reads embeddings of unit size, as the mixture head does.
     Raises ConfigError for an unknown kind.
