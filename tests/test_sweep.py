@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nextvec.cli import main
+from nextvec.config import CalmRun, parse_run
 from nextvec.errors import ConfigError, DataError
 from nextvec.lock import held
 from nextvec.report.sweep import markdown
@@ -525,3 +527,15 @@ def test_shards_without_held_out_documents_are_refused(work: Path) -> None:
     train = work / "out" / "data" / "shards" / "train"
     with pytest.raises(DataError, match=r"has no held-out shards \(valid/\), on which rows are scored"):
         make_jobs(spec_of(data={"shards": str(train)}), one_second)
+
+
+def test_rates_that_were_kept_before_a_setting_existed_still_count(tmp_path: Path) -> None:
+    """The key of CALM in the bake-offs of docs/results, measured before the mixture head had an inner width."""
+    folder = Path(__file__).parents[1] / "docs" / "results" / "bakeoff-english-10min-recall"
+    record = json.loads((folder / "rows" / "lm" / "calm" / "seed-0" / "result.json").read_text())
+    run = parse_run(record["identity"]["lm"], "the row")
+    rates = Rates(tmp_path / "rates.json", torch.device("cpu"))
+    assert rates.key(run) == "e3142338febc"
+    assert isinstance(run, CalmRun)
+    wider = run.override(model=run.model.override(head=run.model.head.override(inner=7)))
+    assert rates.key(wider) != "e3142338febc"

@@ -65,32 +65,26 @@ def choose_depths(
     that raises, ConfigError for settings that are no model, and DataError for a damaged depth.json.
     """
     arms = [arm for arm in asked.arms if arm not in asked.layers]
-    kept = _kept(out / FILE, {"seconds": asked.seconds, "vocabulary": vocabulary.vocab_size, "device": asked.device})
-    new = [arm for arm in arms if arm not in kept.depths]
+    of = {"seconds": asked.seconds, "vocabulary": vocabulary.vocab_size, "device": asked.device}
+    depths = _kept(out / FILE, of)
+    new = [arm for arm in arms if arm not in depths]
     if new:
         few, many = (_jobs(asked, new, layers, vocabulary) for layers in (1, MOST))
         in_turn([*few, *many])
         for arm, shallow, deep in zip(new, few, many, strict=True):
-            kept.depths[arm] = _depth(asked, shallow, deep, PASSES * text_tokens, rate, encoder_seconds)
-        depths = {arm: vars(depth) for arm, depth in kept.depths.items()}
-        write_json(out / FILE, {"of": kept.of, "depths": depths})
-    return {arm: kept.depths[arm] for arm in arms}
+            depths[arm] = _depth(asked, shallow, deep, PASSES * text_tokens, rate, encoder_seconds)
+        write_json(out / FILE, {"of": of, "depths": {arm: vars(depth) for arm, depth in depths.items()}})
+    return {arm: depths[arm] for arm in arms}
 
 
-@dataclass(frozen=True)
-class _Kept:
-    of: Mapping[str, Any]  # what the depths were chosen for
-    depths: dict[str, Depth]
-
-
-def _kept(path: Path, of: Mapping[str, Any]) -> _Kept:
-    """What was chosen before for the same budget; nothing where there is none or it was for another."""
+def _kept(path: Path, of: Mapping[str, Any]) -> dict[str, Depth]:
+    """What was chosen before for the same budget (`of`); nothing where there is none or it was for another."""
     if not path.is_file():
-        return _Kept(of, {})
+        return {}
     try:
         found = read_json(path, "depths of the arms")
         depths = {str(arm): Depth(**depth) for arm, depth in found["depths"].items()}
-        return _Kept(of, depths if found["of"] == of else {})
+        return depths if found["of"] == of else {}
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged: remove it, and depths are chosen again") from error
 

@@ -40,9 +40,7 @@ class Bakeoff:
     valid_fraction: float = 0.05  # of the documents
     text_key: str = "text"
     device: str = "auto"
-    layers: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of the backbone, by arm, where they are not the budget's (depth.py)
+    layers: Mapping[str, int] = field(default_factory=dict)  # of backbones, by arm; of others the budget's (depth.py)
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= MOST_MINUTES:
@@ -112,7 +110,7 @@ def spec_of(asked: Bakeoff, vocab_size: int, autoencoder_steps: int) -> SweepSpe
 
 
 def layers_of(asked: str, arms: Sequence[str]) -> dict[str, int]:
-    """ "2", for every arm, "calm=2,token=3", or "2,token=3" for all the others. Raises ConfigError for other words."""
+    """By arm, of words like "2" (every arm), "calm=2,token=3", "2,token=3". Raises ConfigError for others."""
     every: dict[str, int] = {}
     named: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in asked.split(","))):
