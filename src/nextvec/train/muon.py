@@ -1,32 +1,37 @@
-"""Muon in the precision that the device multiplies fast, over whole matrices and over sharded ones.
+"""Muon over whole matrices and over sharded ones, in the precision that the device multiplies fast.
 
-A sharded matrix is put together on one process for its Newton-Schulz iteration, and dealt out again.
+A sharded matrix is put together on one process to be made orthogonal, and dealt out again.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.optim._muon import _adjust_lr
 
 from nextvec.hardware import has_bf16
+from nextvec.train.polar import orthogonal
 
-GRAM_ASPECT = 2.0  # from which side ratio on `_by_gram` takes fewer operations (1.6: equal)
 Member = tuple[DTensor, Tensor, Tensor]  # a matrix, and the rows of its gradient and of its momentum that lie here
 
 
-class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, whose iteration runs in float32 where the device has no bf16 products.
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): steps along the orthogonal factor of the momentum, with Nesterov's look ahead.
 
-    torch runs it in bf16 everywhere. A processor without such instructions emulates them 20 to 50 times slower than
-    float32, and one update then takes longer than the step before it. Where bf16 is there, the bits are torch's.
+    Decay and the size of a step are those of `torch.optim.Muon`: lr, times the root of the aspect of a tall matrix. The factor is
+    made by `polar.orthogonal`, where torch takes five steps in bf16 on every device; in float32 here where that is
+    faster: a processor without bf16 products emulates them 20 to 50 times slower.
     """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -42,71 +47,43 @@ class Muon(torch.optim.Muon):
                     _update_gated(group, parameter, gradient, buffer, bad > 0)
                     continue
                 update = _momentum(group, gradient, buffer).to(iteration_dtype(parameter.device))
-                _apply(group, parameter.shape, parameter, orthogonal(group, update))
+                _apply(group, parameter.shape, parameter, orthogonal(update))
         return loss
 
     def _members(self, group: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
         """Each matrix of the group that has a gradient, with the gradient and its momentum."""
-        parameters: list[Any] = []
-        gradients: list[Any] = []
-        momenta: list[Any] = []
-        self._init_group(group, parameters, gradients, momenta)
-        return list(zip(parameters, gradients, momenta, strict=True))
+        members = []
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            members.append((parameter, parameter.grad, state["momentum_buffer"]))
+        return members
 
 
 @functools.cache
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """Of Newton-Schulz: bf16 as published where the hardware multiplies it, else float32."""
+    """Of the orthogonal factor: bf16 where the hardware multiplies it, else float32."""
     return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
-def orthogonal(group: dict[str, Any], update: Tensor) -> Tensor:
-    """The update with its singular values near 1, by the quintic iteration of `torch.optim.Muon` in its own dtype.
-
-    A long matrix goes through `_by_gram` where rounding allows it, with the same result but for that rounding.
-    """
-    a, b, c = group["ns_coefficients"]
-    tall = update.shape[0] > update.shape[1]
-    x = update.T if tall else update
-    x = x / x.norm().clamp(min=group["eps"])
-    if x.dtype != torch.bfloat16 and x.shape[1] >= GRAM_ASPECT * x.shape[0]:
-        x = _by_gram(group, x)
-    else:
-        for _ in range(group["ns_steps"]):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
-
-
-def _by_gram(group: dict[str, Any], x: Tensor) -> Tensor:
-    """The same iteration over x x^T alone, and x multiplied once, at the end.
-
-    Each step multiplies x from the left with a polynomial of its x x^T. All of these are polynomials of the first, so they
-    commute: their product is kept beside the x x^T that it makes, both n x n. Of an n x rn matrix 5 steps are 4r + 34
-    products n^3 instead of 20r + 10. Rounding in float32 changes 2e-6 of the result for random matrices, as it does there, and
-    2e-4 at a condition number of 1e6 (there 3e-6), where small singular values drown in their squares.
-    """
-    a, b, c = group["ns_coefficients"]
-    gram, made = x @ x.T, None
-    for left in reversed(range(group["ns_steps"])):
-        step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        step.diagonal().add_(a)
-        made = step if made is None else made @ step
-        if left:
-            gram = gram @ step @ step
-    return x if made is None else made @ x
-
-
 def _momentum(group: dict[str, Any], gradient: Tensor, buffer: Tensor) -> Tensor:
-    """What is orthogonalised: the momentum, with Nesterov's look ahead where the group has it."""
+    """What is made orthogonal: the momentum, with Nesterov's look ahead."""
     buffer.lerp_(gradient, 1 - group["momentum"])
-    return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+    return gradient.lerp(buffer, group["momentum"])
 
 
 def _apply(group: dict[str, Any], shape: torch.Size, rows: Tensor, direction: Tensor) -> None:
     """Decay and step of a matrix of `shape`, or of the rows of it that lie here."""
     rows.mul_(1 - group["lr"] * group["weight_decay"])
-    rows.add_(direction, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], shape))
+    rows.add_(direction, alpha=-_rate(group, shape))
+
+
+def _rate(group: dict[str, Any], shape: torch.Size) -> float:
+    rate: float = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+    return rate
 
 
 def _update_gated(group: dict[str, Any], matrix: Tensor, gradient: Tensor, buffer: Tensor, bad: Tensor) -> None:
@@ -114,19 +91,19 @@ def _update_gated(group: dict[str, Any], matrix: Tensor, gradient: Tensor, buffe
     momentum, decay = group["momentum"], 1 - group["lr"] * group["weight_decay"]
     gradient = gradient.masked_fill(bad, 0.0)
     buffer.lerp_(gradient, torch.where(bad, 0.0, 1 - momentum).to(buffer.dtype))
-    update = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
-    direction = orthogonal(group, update.to(iteration_dtype(matrix.device)))
+    update = gradient.lerp(buffer, momentum)
+    direction = orthogonal(update.to(iteration_dtype(matrix.device)))
     matrix.mul_(torch.where(bad, 1.0, decay).to(matrix.dtype))
-    matrix.add_(direction.masked_fill(bad, 0.0), alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], matrix.shape))
+    matrix.add_(direction.masked_fill(bad, 0.0), alpha=-_rate(group, matrix.shape))
 
 
 class ShardedMuon(Muon):
     """`Muon` for matrices that are split by rows over processes (DTensor on a mesh of one dimension).
 
-    Momentum and update are elementwise and stay where they are. The iteration is not: run on shards, its bf16 products are
-    added up in another order, and a few steps end 6e-3 away (docs/log.md). So as many matrices as there are processes
-    travel at once, in the iteration's dtype, which it begins with anyway; each process turns one whole matrix and sends the rows
-    back. The same gradients give the bits of the unsharded step, each matrix is computed once, and a process
+    Momentum and update are elementwise and stay where they are. The orthogonal factor is not: made of shards, its bf16 products
+    are added up in another order, and a few steps end 6e-3 away (docs/log.md). So as many matrices as there are processes
+    travel at once, in the dtype of the factor, which begins with it anyway; each process turns one whole matrix and sends the
+    rows back. The same gradients give the bits of the unsharded step, each matrix is computed once, and a process
     holds one of them whole. A matrix travels twice, 4 bytes an element in bf16.
     """
 
@@ -152,13 +129,13 @@ class ShardedMuon(Muon):
 def _update(group: dict[str, Any], members: Sequence[Member]) -> None:
     """One update of at most as many matrices as there are processes."""
     updates = [_momentum(group, gradient, buffer).to(iteration_dtype(buffer.device)) for _, gradient, buffer in members]
-    turned = _turned(group, [parameter for parameter, _, _ in members], updates)
+    turned = _turned([parameter for parameter, _, _ in members], updates)
     for (parameter, _, _), direction in zip(members, turned, strict=True):
         rows = parameter.to_local()
         _apply(group, parameter.shape, rows, direction.view_as(rows))
 
 
-def _turned(group: dict[str, Any], matrices: Sequence[DTensor], updates: Sequence[Tensor]) -> Sequence[Tensor]:
+def _turned(matrices: Sequence[DTensor], updates: Sequence[Tensor]) -> Sequence[Tensor]:
     """The rows of each matrix's orthogonalised update that lie here, flat, from the rows of the update."""
     mesh = matrices[0].device_mesh
     rank, size, processes = mesh.get_local_rank(), mesh.size(), mesh.get_group()
@@ -178,5 +155,5 @@ def _turned(group: dict[str, Any], matrices: Sequence[DTensor], updates: Sequenc
 
     whole = exchange(torch.cat([update.flatten() for update in updates]), given, got)
     if rank < len(matrices):
-        whole = orthogonal(group, whole.view(matrices[rank].shape)).flatten()
+        whole = orthogonal(whole.view(matrices[rank].shape)).flatten()
     return cast("Sequence[Tensor]", exchange(whole, got, given).split(given[: len(updates)]))
