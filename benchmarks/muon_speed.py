@@ -1,6 +1,6 @@
 """One update of Muon, torch's against ours, on the matrices of a model at the shipped settings: milliseconds, in turn.
 
-    OMP_NUM_THREADS=2 python benchmarks/muon_speed.py --arm calm --layers 1
+OMP_NUM_THREADS=2 python benchmarks/muon_speed.py --arm calm --layers 1
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def model_of(arm: str, layers: int) -> nn.Module:
     settings["backbone"]["layers"] = layers
     if arm == "token":
         return TokenLM(TokenLMConfig.parse({**settings, "vocab_size": VOCABULARY}))
-    autoencoder = AutoencoderConfig.parse(
-        {**arena("autoencoder", VOCABULARY, 10.0)["model"], "vocab_size": VOCABULARY}
-    )
+    autoencoder = AutoencoderConfig.parse({**arena("autoencoder", VOCABULARY, 10.0)["model"], "vocab_size": VOCABULARY})
     return Calm(CalmConfig.parse({**settings, "autoencoder": autoencoder.model_dump()}))
 
 
