@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {  # the other kinds of run, shorter
     "categorical": {"kind": "calm", "model": {"autoencoder": FACTORED, "head": {"kind": "categorical"}}, "steps": 3},
     "mixture": {
         "kind": "calm",
-        "model": {"autoencoder": FACTORED, "head": {"kind": "mixture", "blocks": 1, "recall": 1}},
+        "model": {"autoencoder": FACTORED, "head": {"kind": "mixture", "blocks": 1, "recall": 1, "grams": 9}},
         "steps": 8,
     },
     "latents read": {"kind": "calm", "model": {"input": "both"}, "steps": 3},

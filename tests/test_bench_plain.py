@@ -66,7 +66,7 @@ RUNS: dict[str, RunConfig] = {
         data=DATA, model=TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, embedding_norm=True), optim=ADAMW
     ),
     "token_lm with recall": TokenLMRun(
-        data=DATA, model=TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, recall=2), optim=ADAMW
+        data=DATA, model=TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, recall=2, grams=11), optim=ADAMW
     ),
 }
 

@@ -183,7 +183,7 @@ HEADS = [
     DiffusionHeadConfig(blocks=2, steps=5),
     DiffusionHeadConfig(blocks=2, solver="dpm++", steps=4),
 ]
-MULTI_RECALL = TINY.model_copy(update={"head": AutoregressiveHeadConfig(blocks=2, recall=1)})
+MULTI_RECALL = TINY.model_copy(update={"head": AutoregressiveHeadConfig(blocks=2, recall=1, grams=11)})
 AUTOREGRESSIVE = TINY.model_copy(update={"head": AutoregressiveHeadConfig(blocks=2)})
 WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
 
@@ -191,7 +191,7 @@ WITH_HEADS = [TINY.model_copy(update={"head": head}) for head in HEADS]
 FACTORED = TINY.autoencoder.override(latent=12, factored=True)
 CATEGORICAL = TINY.model_copy(update={"autoencoder": FACTORED, "head": CategoricalHeadConfig(blocks=2, steps=4)})
 MIXTURE = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2, inner=20)})
-RECALL = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2, recall=2)})
+RECALL = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2, recall=2, grams=11)})
 WITH_INPUTS = [TINY.override(input=form) for form in ("latents", "both")]
 
 
@@ -211,9 +211,9 @@ def test_parameters_are_those_of_the_model(config):
     )
 
 
-@pytest.mark.parametrize("recall", [0, 2])
-def test_parameters_are_those_of_the_baseline(recall):
-    config = TINY_TOKENS.override(recall=recall)
+@pytest.mark.parametrize(("recall", "grams"), [(0, 0), (2, 0), (2, 11)])
+def test_parameters_are_those_of_the_baseline(recall, grams):
+    config = TINY_TOKENS.override(recall=recall, grams=grams)
     with torch.device("meta"):
         model = TokenLM(config)
     assert token_lm_cost(config).params == sum(p.numel() for p in model.parameters())
@@ -375,7 +375,7 @@ def test_operations_of_recall_are_those_that_torch_counts():
     state, training = model.states(ids[:, :-1]), calm_cost(MULTI_RECALL, context=7).training_split
     forward = counted(lambda: model.head.log_probabilities(state, ids[:, 1:]))
     assert forward == pytest.approx((training.head + training.vocabulary) / 3 * 7 * K)
-    tokens = TINY_TOKENS.override(recall=2)
+    tokens = TINY_TOKENS.override(recall=2, grams=11)
     baseline, found = TokenLM(tokens), token_lm_cost(tokens, context=9)
     whole = counted(lambda: baseline.logits(baseline.states(torch.zeros(1, 9, 1, dtype=torch.long))))
     assert whole == pytest.approx(found.training.total / 3 * 9)

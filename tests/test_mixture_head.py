@@ -22,14 +22,14 @@ from nextvec.model.text_states import vector_of
 VOCAB, K, E, D = 7, 3, 4, 12
 
 
-def calm(blocks: int = 1, patch_size: int = K, recall: int = 0) -> Calm:
+def calm(blocks: int = 1, patch_size: int = K, recall: int = 0, grams: int = 0) -> Calm:
     """Random parameters everywhere in float64."""
     config = CalmConfig(
         autoencoder=AutoencoderConfig(
             vocab_size=VOCAB, patch_size=patch_size, width=16, inner=24, latent=patch_size * E, factored=True
         ),
         backbone=BackboneConfig(layers=1, width=D, inner=20, heads=2),
-        head=MixtureHeadConfig(blocks=blocks, inner=12 if blocks > 1 else None, recall=recall),
+        head=MixtureHeadConfig(blocks=blocks, inner=12 if blocks > 1 else None, recall=recall, grams=grams),
     )
     model = Calm(config).double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
@@ -110,14 +110,14 @@ def test_draws_have_its_law() -> None:
 
 @pytest.mark.parametrize("given", [(), (5,)])
 @pytest.mark.parametrize("most_told", [0, 1 << 20])
-@pytest.mark.parametrize("recall", [0, 2])
+@pytest.mark.parametrize(("recall", "grams"), [(0, 0), (2, 0), (1, 5)])
 @pytest.mark.parametrize("patch_size", [1, 2, 3, 4])
 def test_each_token_drawn_is_where_the_law_passes_its_random_number(
-    patch_size: int, recall: int, most_told: int, given: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    patch_size: int, recall: int, grams: int, most_told: int, given: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Draws go by tables of what tokens tell the places after them, laws by the text as a whole."""
     monkeypatch.setattr("nextvec.model.heads.mixture.MOST_TOLD", most_told)
-    model, draws, given = calm(2, patch_size, recall), 6, given[: patch_size - 1]
+    model, draws, given = calm(2, patch_size, recall, grams), 6, given[: patch_size - 1]
     head, states = head_of(model), model.states(patches(2, 3, patch_size=patch_size))
     share = torch.rand(draws, 6, patch_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     flat = vector_of(states).flatten(0, -2)

@@ -44,17 +44,17 @@ def calm(form: str = "tokens") -> Calm:
     return model
 
 
-def mixture(recall: int = 0, multi_token: bool = False) -> Calm:
+def mixture(recall: int = 0, multi_token: bool = False, grams: int = 0) -> Calm:
     """Its head reads tokens of the patch besides the state; the multi-token one does with recall alone."""
     factored = AUTOENCODER.override(factored=True)
-    head = AutoregressiveHeadConfig(recall=recall) if multi_token else MixtureHeadConfig(recall=recall)
-    model = lively(Calm(CalmConfig(autoencoder=factored, backbone=BACKBONE, head=head)))
+    kind = AutoregressiveHeadConfig if multi_token else MixtureHeadConfig
+    model = lively(Calm(CalmConfig(autoencoder=factored, backbone=BACKBONE, head=kind(recall=recall, grams=grams))))
     assert isinstance(model, Calm)
     return model
 
 
-def token_lm(embedding_norm: bool = False, recall: int = 0) -> TokenLM:
-    config = TokenLMConfig(vocab_size=61, backbone=BACKBONE, embedding_norm=embedding_norm, recall=recall)
+def token_lm(embedding_norm: bool = False, recall: int = 0, grams: int = 0) -> TokenLM:
+    config = TokenLMConfig(vocab_size=61, backbone=BACKBONE, embedding_norm=embedding_norm, recall=recall, grams=grams)
     model = lively(TokenLM(config))
     assert isinstance(model, TokenLM)
     return model
@@ -74,6 +74,9 @@ MODELS = {
     "token_lm": token_lm(),
     "token_lm of equal embeddings": token_lm(embedding_norm=True),
     "token_lm with recall": token_lm(recall=2),
+    "calm with n-grams": mixture(recall=1, grams=29),
+    "multi-token with n-grams": mixture(recall=1, multi_token=True, grams=29),
+    "token_lm with n-grams": token_lm(recall=1, grams=29),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 

@@ -20,10 +20,11 @@ from nextvec.config import (
     TokenLMConfig,
 )
 from nextvec.model.calm import Calm
+from nextvec.model.grams import FACTORS, Grams
 from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.heads.mixture import MixtureHead
 from nextvec.model.init import initialise
-from nextvec.model.recall import DIM, Recall, Tokens, pair_at, queries
+from nextvec.model.recall import DIM, Recall, Tokens, last_ids, queries
 from nextvec.model.text_states import TextStates, join, vector_of
 from nextvec.model.token_lm import TokenLM
 from nextvec.sampling.engine import Engine
@@ -31,6 +32,7 @@ from nextvec.sampling.settings import Sampling
 from nextvec.train.optim import make_optimizer
 
 VOCAB, K, D = 7, 3, 12
+GRAMS = 5  # rows of a table
 HEADS = {"mixture": MixtureHeadConfig, "autoregressive": AutoregressiveHeadConfig}
 BACKBONE = BackboneConfig(layers=1, width=D, inner=20, heads=2)
 
@@ -40,6 +42,17 @@ def without_gradients() -> Iterator[None]:
     """As in generation and evaluation: keys come from tables."""
     with torch.no_grad():
         yield
+
+
+def said_together(grams: Grams | None, line: list[int]) -> Tensor:
+    """Of the last two and the last three tokens of a line, by the docstring."""
+    assert grams is not None
+    padded = [-1, -1, *line]
+    rows = [
+        (sum((y + 1) * factor for y, factor in zip(padded[-3:], factors, strict=True)) >> 20) % GRAMS + table * GRAMS
+        for table, factors in enumerate(FACTORS)
+    ]
+    return grams.up.weight @ torch.cat([grams.embedding.weight[row] for row in rows])
 
 
 def lively(model: torch.nn.Module, size: float = 0.3) -> torch.nn.Module:
@@ -56,7 +69,7 @@ def calm(heads: int = 2, patch_size: int = K, kind: str = "mixture") -> Calm:
             vocab_size=VOCAB, patch_size=patch_size, width=16, inner=24, latent=patch_size * 4, factored=True
         ),
         backbone=BACKBONE,
-        head=HEADS[kind](blocks=1, recall=heads),
+        head=HEADS[kind](blocks=1, recall=heads, grams=GRAMS if heads else 0),
     )
     model = lively(Calm(config))
     assert isinstance(model, Calm)
@@ -64,7 +77,7 @@ def calm(heads: int = 2, patch_size: int = K, kind: str = "mixture") -> Calm:
 
 
 def token_lm(embedding_norm: bool = True) -> TokenLM:
-    config = TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, embedding_norm=embedding_norm, recall=2)
+    config = TokenLMConfig(vocab_size=VOCAB, backbone=BACKBONE, embedding_norm=embedding_norm, recall=2, grams=GRAMS)
     model = lively(TokenLM(config))
     assert isinstance(model, TokenLM)
     return model
@@ -115,7 +128,7 @@ def test_a_place_finds_what_followed_its_pair_in_the_patches_read(patch_size: in
         bare = state.vector[row, patch, :D]
         before = torch.cat([embed[y] for y in line[-head.window :]])
         x = head.slots(bare)[place * D : (place + 1) * D] + head.before.weight @ before
-        x = x + answer(head.recall, [embed[y] for y in line], seen)
+        x = x + answer(head.recall, [embed[y] for y in line], seen) + said_together(head.grams, line)
         for block in head.blocks:
             x = block(x)
         law = (head.output.weight @ (rms(x) * head.norm.weight)).log_softmax(-1)
@@ -133,7 +146,7 @@ def test_a_token_model_finds_what_followed_its_pair_up_to_its_last_token(embeddi
     x = model._embedded(ids).clone()
     for row, at in product(range(2), range(6)):
         e = [rms(model.embedding.weight[y]) for y in ids[row, : at + 1].tolist()]
-        x[row, at] += answer(model.recall, e, at + 1)
+        x[row, at] += answer(model.recall, e, at + 1) + said_together(model.grams, ids[row, : at + 1].tolist())
     torch.testing.assert_close(model.states(ids[..., None]), model.backbone(x), atol=1e-9, rtol=0)
 
 
@@ -194,7 +207,8 @@ def test_the_multi_token_head_finds_it_too_and_draws_by_that_law() -> None:
     line = ids[1, :3].flatten().tolist() + ids[1, 3].tolist()
     for place in range(K):
         own = head.embedding.weight[line[9 + place - 1]] if place else head.state_in(state.vector[1, 2])
-        read.append(own + answer(head.recall, [embed[y] for y in line[: 9 + place]], 9))
+        found = answer(head.recall, [embed[y] for y in line[: 9 + place]], 9)
+        read.append(own + found + said_together(head.grams, line[: 9 + place]))
     expected = (head.decoder(torch.stack(read)[None])[0] @ head.embedding.weight.T).log_softmax(-1)
     found = head.log_probabilities(state[1, 2:3], ids[1, 3:])[0]
     torch.testing.assert_close(found, expected.gather(-1, ids[1, 3][:, None])[:, 0])
@@ -262,7 +276,7 @@ def test_fresh_keys_are_the_queries_and_equal_pairs_find_each_other() -> None:
     tokens_of = Tokens(lambda: table, lambda ids: table[ids], (table,))
     parts = recall.parts(tokens_of, 50)
     memory = recall.memory(text, parts)
-    query = recall._split(queries(pair_at(text, torch.tensor([[10]])), parts))
+    query = recall._split(queries(last_ids(text, torch.tensor([[10]])), parts))
     weights = (query @ memory.keys.transpose(-1, -2) / DIM**0.5).softmax(-1)[0, 0, 0]
     assert int(weights.argmax()) == 10
     assert float(weights[10]) > 0.5

@@ -530,12 +530,13 @@ def test_shards_without_held_out_documents_are_refused(work: Path) -> None:
 
 
 def test_rates_that_were_kept_before_a_setting_existed_still_count(tmp_path: Path) -> None:
-    """The key of CALM in the bake-offs of docs/results, measured before the mixture head had an inner width."""
+    """The key of CALM in the bake-offs of docs/results, measured before the mixture head had an inner width and n-grams."""
     folder = Path(__file__).parents[1] / "docs" / "results" / "bakeoff-english-10min-recall"
     record = json.loads((folder / "rows" / "lm" / "calm" / "seed-0" / "result.json").read_text())
     run = parse_run(record["identity"]["lm"], "the row")
     rates = Rates(tmp_path / "rates.json", torch.device("cpu"))
     assert rates.key(run) == "e3142338febc"
     assert isinstance(run, CalmRun)
-    wider = run.override(model=run.model.override(head=run.model.head.override(inner=7)))
-    assert rates.key(wider) != "e3142338febc"
+    for more in ({"inner": 7}, {"grams": 64}):
+        other = run.override(model=run.model.override(head=run.model.head.override(**more)))
+        assert rates.key(other) != "e3142338febc"

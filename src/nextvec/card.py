@@ -62,7 +62,7 @@ def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained
         lines.append(f"| head | {_head(config)} |")
         lines.append(f"| recipe | {config.recipe.name}; {_loss(config)} |")
     elif isinstance(config, TokenLMRun) and config.model.recall:
-        lines.append(f"| recall | {_recall(config.model.recall)} |")
+        lines.append(f"| recall | {_recall(config.model.recall, config.model.grams)} |")
     known = ("kind", "step", "tokens", "seconds", "cpu_seconds")
     measured = {name: value for name, value in trained.items() if name not in known}
     lines += ["", "## Measured on held-out windows at the end of training", ""]
@@ -112,14 +112,17 @@ def _head(config: CalmRun) -> str:
     head = config.model.head
     if isinstance(head, FlowHeadConfig | DiffusionHeadConfig | CategoricalHeadConfig):
         return f"{head.kind}, {head.blocks} blocks; draws in {head.steps} steps of {head.solver}"
-    recall = head.recall if isinstance(head, MixtureHeadConfig | AutoregressiveHeadConfig) else 0
+    recall, grams = (
+        (head.recall, head.grams) if isinstance(head, MixtureHeadConfig | AutoregressiveHeadConfig) else (0, 0)
+    )
     inner = head.inner if isinstance(head, MixtureHeadConfig) else None
     parts = [head.kind, f"{head.blocks} block{'s' * (head.blocks > 1)}" + (f" of inner width {inner}" if inner else "")]
-    return ", ".join([*parts, *([f"recall: {_recall(recall)}"] if recall else [])])
+    return ", ".join([*parts, *([f"recall: {_recall(recall, grams)}"] if recall else [])])
 
 
-def _recall(heads: int) -> str:
-    return f"{heads} head{'s' * (heads > 1)} over the tokens of the text"
+def _recall(heads: int, grams: int) -> str:
+    tables = f"; n-grams of two and of three tokens in {grams:,} rows each" if grams else ""
+    return f"{heads} head{'s' * (heads > 1)} over the tokens of the text{tables}"
 
 
 def _loss(config: CalmRun) -> str:

@@ -23,7 +23,7 @@ from nextvec.head_settings import FlowHeadConfig as FlowHeadConfig
 from nextvec.head_settings import HeadConfig as HeadConfig
 from nextvec.head_settings import HeadKind as HeadKind
 from nextvec.head_settings import MixtureHeadConfig as MixtureHeadConfig
-from nextvec.head_settings import leave_behind
+from nextvec.head_settings import check_grams, leave_behind
 from nextvec.settings import Config as Config
 from nextvec.settings import Count, Positive, Rate, Seed
 from nextvec.settings import dump_yaml as dump_yaml
@@ -175,6 +175,12 @@ class TokenLMConfig(Config):
     backbone: BackboneConfig
     embedding_norm: bool = False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe.md) [D]
     recall: Count = 0  # attention heads that look up what followed the last two tokens earlier in the text [D]
+    grams: Count = 0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall [D]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_grams(self.grams, self.recall)
+        return self
 
     @property
     def patch_size(self) -> int:

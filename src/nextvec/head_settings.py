@@ -85,6 +85,12 @@ class CategoricalHeadConfig(Config):
         return self.steps
 
 
+def check_grams(grams: int, recall: int) -> None:
+    """Raises ValueError in one sentence where n-grams are asked for without what keeps a text at hand."""
+    if grams and not recall:
+        raise ValueError(f"grams = {grams} needs recall, which keeps the tokens of the text at hand: give recall = 1")
+
+
 class MixtureHeadConfig(Config):
     """Mixture head: place after place, one of V Gaussians; for a factored autoencoder (docs/heads.md) [D]."""
 
@@ -94,11 +100,13 @@ class MixtureHeadConfig(Config):
     recall: Count = (
         0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
     )
+    grams: Count = 0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall (docs/recipe.md)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.inner is not None and not self.blocks:
             raise ValueError("inner is the inner width of blocks, and blocks is 0: leave it out, or give blocks")
+        check_grams(self.grams, self.recall)
         return self
 
 
@@ -111,6 +119,12 @@ class AutoregressiveHeadConfig(Config):
     recall: Count = (
         0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
     )
+    grams: Count = 0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall (docs/recipe.md)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_grams(self.grams, self.recall)
+        return self
 
 
 HeadKind: TypeAlias = (

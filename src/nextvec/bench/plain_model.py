@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
 from nextvec.errors import ConfigError
+from nextvec.model.grams import Grams, windows
 from nextvec.model.recall import DIM
 
 LAYER_NORM_EPS = 1e-6
@@ -258,6 +259,9 @@ class TokenLM(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)
         self.recall = Recall(config.backbone.width, config.recall) if config.recall else None
+        self.grams = (
+            Grams(config.backbone.width, config.grams) if config.grams else None
+        )  # there is no other way to do it
         self.config = config
 
     def states(self, ids_BT: Tensor) -> Tensor:
@@ -265,7 +269,9 @@ class TokenLM(nn.Module):
         unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.backbone.norm_eps)
         if self.config.embedding_norm:
             x = unit
-        return self.backbone(x if self.recall is None else x + self.recall(unit))
+        if self.recall is not None:
+            x = x + self.recall(unit)
+        return self.backbone(x if self.grams is None else x + self.grams(windows(ids_BT)))
 
 
 class Recall(nn.Module):

@@ -25,10 +25,11 @@ from nextvec.config import (
 )
 from nextvec.evaluate.head_cost import (
     backbone_operations,
+    gram_operations,
     head_cost,
     head_parameters,
     recall_operations,
-    recall_parameters,
+    text_parameters,
 )
 
 PAPER_CONTEXT = 2048  # positions attended: patches for CALM, tokens for the Transformer [P]
@@ -44,7 +45,7 @@ class Parts:
     compressor: float = 0  # K token embeddings, the latent or both -> backbone input
     attention: float = 0  # projections, scores, mixing
     mlp: float = 0
-    head: float = 0  # S draws in training; of a token model, recall
+    head: float = 0  # S draws in training; of a token model, recall and n-grams
     autoencoder: float = 0  # without its vocabulary product: decoder at inference, frozen encoder in training
     vocabulary: float = 0  # the product with the (output) embedding
     auxiliary: float = 0  # training only, recipe `fast`
@@ -121,15 +122,20 @@ def cost(config: ModelConfig, name: str | None = None, **settings: Any) -> Cost:
 def token_lm_cost(config: TokenLMConfig, name: str = "Transformer", *, context: int = PAPER_CONTEXT) -> Cost:
     """The token baseline: backbone and the vocabulary product, the input embedding counted in the parameters only.
 
-    `context`: tokens attended. Both columns of the table are equal: there is no head to split. `recall` counts as one.
+    `context`: tokens attended. Both columns of the table are equal: there is no head to split. `recall` and `grams` count as one.
     """
     table = config.vocab_size * config.backbone.width
     attention, mlp = backbone_operations(config.backbone, context)
     asked, told = recall_operations(config.recall, config.backbone.width, context)
-    forward = Parts(attention=attention, mlp=mlp, head=asked, vocabulary=2 * table)
-    training = Parts(attention=attention, mlp=mlp, head=asked + told, vocabulary=2 * table).scaled(TRAINED)
+    read, learnt = gram_operations(config.grams, config.backbone.width)
+    forward = Parts(attention=attention, mlp=mlp, head=asked + read, vocabulary=2 * table)
+    learning = Parts(attention=attention, mlp=mlp, head=asked + told + read + learnt, vocabulary=2 * table)
+    training = learning.scaled(TRAINED)
     parameters = _backbone_parameters(
-        config.backbone, embedding=table, vocabulary=table, head=recall_parameters(config.recall, config.backbone.width)
+        config.backbone,
+        embedding=table,
+        vocabulary=table,
+        head=text_parameters(config.recall, config.grams, config.backbone.width),
     )
     return Cost(
         name=name,

@@ -16,6 +16,7 @@ from nextvec.config import (
     EnergyHeadConfig,
     MixtureHeadConfig,
 )
+from nextvec.model import grams
 from nextvec.model.heads.mixture import MOST_TOLD
 from nextvec.model.recall import DIM
 
@@ -51,11 +52,12 @@ def head_cost(config: CalmConfig, split: bool, context: int) -> HeadCost:
     if isinstance(head, AutoregressiveHeadConfig):
         attention, mlp = backbone_operations(config.backbone.override(layers=head.blocks), config.patch_size)
         asked, told = recall_operations(head.recall, D, context * config.patch_size)
-        block, logits, more = attention + mlp + asked, 2 * config.vocab_size * D, config.patch_size - 1
+        read, learnt = gram_operations(head.grams, D)
+        block, logits, more = attention + mlp + asked + read, 2 * config.vocab_size * D, config.patch_size - 1
         return HeadCost(
             once=2 * square + block,
             per_draw=more * block,
-            trained_once=2 * square + config.patch_size * (block + told),
+            trained_once=2 * square + config.patch_size * (block + told + learnt),
             trained_per_draw=0,
             vocabulary_once=logits,
             vocabulary_per_draw=more * logits,
@@ -64,14 +66,15 @@ def head_cost(config: CalmConfig, split: bool, context: int) -> HeadCost:
     if isinstance(head, MixtureHeadConfig):
         K, logits = config.patch_size, 2 * config.vocab_size * D
         asked, told = recall_operations(head.recall, D, context * K)
-        window, place = max(1, K - 1), 6 * head.blocks * D * (head.inner or D) + asked
+        read, learnt = gram_operations(head.grams, D)
+        window, place = max(1, K - 1), 6 * head.blocks * D * (head.inner or D) + asked + read
         once = 2 * K * square + K * 2 * window * square  # slots, and what the tokens before the patch tell its places
         known = config.vocab_size * window * (D + head.recall * DIM) <= MOST_TOLD
         tells = 0 if known else 2 * window * (D + head.recall * DIM) * D  # by each token drawn but the last
         return HeadCost(
             once=once + place,
             per_draw=(K - 1) * (place + tells),
-            trained_once=once + K * (place + told),
+            trained_once=once + K * (place + told + learnt),
             trained_per_draw=0,
             vocabulary_once=logits,
             vocabulary_per_draw=(K - 1) * logits,
@@ -126,7 +129,7 @@ def head_parameters(config: CalmConfig) -> int:
     if isinstance(head, AutoregressiveHeadConfig):
         kv = config.backbone.key_value_heads * config.backbone.head_dim
         block = 2 * square + 2 * D * kv + 3 * D * config.backbone.inner + 2 * D
-        return linear + config.vocab_size * D + head.blocks * block + D + recall_parameters(head.recall, D)
+        return linear + config.vocab_size * D + head.blocks * block + D + text_parameters(head.recall, head.grams, D)
     if isinstance(head, MixtureHeadConfig):
         places = config.patch_size * linear + max(1, config.patch_size - 1) * square  # slots, before
         return (
@@ -134,7 +137,7 @@ def head_parameters(config: CalmConfig) -> int:
             + 2 * config.vocab_size * D
             + head.blocks * (3 * D * (head.inner or D) + D)
             + 2 * D
-            + recall_parameters(head.recall, D)
+            + text_parameters(head.recall, head.grams, D)
         )
     outputs = _outputs(config)
     ends = (
@@ -155,9 +158,20 @@ def recall_operations(heads: int, width: int, tokens: int) -> tuple[float, float
     return 2 * inner * width + 4 * inner * tokens, 2 * inner * (2 * width + 2 * width + width)
 
 
-def recall_parameters(heads: int, width: int) -> int:
-    """Query and key of two tokens each, value, output."""
-    return 6 * heads * DIM * width
+def gram_operations(buckets: int, width: int) -> tuple[float, float]:
+    """Operations of one token's n-grams: at inference, and what training counts more. Of a table that is not too large for it
+    the sums are made beforehand (`model.grams`)."""
+    if not buckets:
+        return 0, 0
+    numbers = len(grams.ORDERS) * grams.DIM * width
+    made = len(grams.ORDERS) * buckets * width <= grams.MOST_MADE
+    return (0, 2 * numbers) if made else (2 * numbers, 0)
+
+
+def text_parameters(heads: int, buckets: int, width: int) -> int:
+    """Of recall: query and key of two tokens each, value, output. Of n-grams: tables, and the way up."""
+    tables = len(grams.ORDERS) * grams.DIM * (buckets + width) if buckets else 0
+    return 6 * heads * DIM * width + tables
 
 
 def backbone_operations(config: BackboneConfig, context: int) -> tuple[float, float]:

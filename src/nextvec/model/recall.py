@@ -136,7 +136,7 @@ class Recall(nn.Module):
     def ask_branches(self, ids_BT: Tensor, own_BNm: Tensor, at_N: Tensor, parts: Parts) -> Tensor:
         """Answers (B, N, D) after tokens 0..at[n] of a text and m tokens of each branch's own, all of which it sees."""
         line_BNm = torch.cat(
-            (pair_at(ids_BT, at_N.expand(len(ids_BT), -1) + 1), own_BNm), dim=-1
+            (last_ids(ids_BT, at_N.expand(len(ids_BT), -1) + 1), own_BNm), dim=-1
         )  # two of the text, its own
         last, before, value = parts.tells(line_BNm.clamp(min=0)).chunk(3, dim=-1)
         key = last[:, :, 1:-1] + before[:, :, :-2] * (line_BNm[:, :, :-2, None] >= 0)
@@ -180,18 +180,19 @@ class Recall(nn.Module):
         return self._kept.of([*tokens.made_of, self.query.weight, self.key.weight, self.value.weight], make)
 
 
-def queries(pair_N2: Tensor, parts: Parts) -> Tensor:
-    """(..., H E) of pairs of ids (..., 2): the one before the last, -1 for none, and the last."""
-    before, last = pair_N2.unbind(-1)
-    return parts.last(last) + parts.before(before)
+def queries(last_Nn: Tensor, parts: Parts) -> Tensor:
+    """(..., H E) of the last ids (..., n), of which the last two count; -1 for none."""
+    return parts.last(last_Nn[..., -1]) + parts.before(last_Nn[..., -2])
 
 
-def pair_at(ids_RT: Tensor, seen_RQ: Tensor, all_seen: bool = False) -> Tensor:
-    """The last two of the first `seen` ids, (R, Q, 2): the one before the last, -1 for none, and the last."""
-    if all_seen and ids_RT.shape[1] > 1:
-        return ids_RT[:, None, -2:].expand(-1, seen_RQ.shape[1], -1)
-    before, last = (ids_RT.gather(1, (seen_RQ - back).clamp(min=0)) for back in (2, 1))
-    return torch.stack((before.masked_fill(seen_RQ < 2, -1), last), dim=-1)
+def last_ids(ids_RT: Tensor, seen_RQ: Tensor, count: int = 2, all_seen: bool = False) -> Tensor:
+    """The last `count` of the first `seen` ids, (R, Q, count), the last one last; -1 for those before a text begins."""
+    if all_seen and ids_RT.shape[1] >= count:
+        return ids_RT[:, None, -count:].expand(-1, seen_RQ.shape[1], -1)
+    ids = [
+        ids_RT.gather(1, (seen_RQ - back).clamp(min=0)).masked_fill(seen_RQ < back, -1) for back in range(count, 0, -1)
+    ]
+    return torch.stack(ids, dim=-1)
 
 
 def _product(embed: Callable[[Tensor], Tensor], matrix: Tensor, ids: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from nextvec.config import TokenLMConfig
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
+from nextvec.model.grams import LONGEST, Grams, windows
 from nextvec.model.layers import embedded
-from nextvec.model.recall import Recall, Tokens, pair_at, queries, sees_all, unit_tokens
+from nextvec.model.recall import Recall, Tokens, last_ids, queries, sees_all, unit_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class TokenLM(nn.Module):
     """Embedding -> backbone -> logits; untied input and output embeddings (the paper's 281M count needs both).
 
-    With `recall`, what followed the last two tokens earlier in the text is added to a token's embedding (recall.py).
+    With `recall`, what followed the last two tokens earlier in the text is added to a token's embedding (recall.py), and with
+    `grams` what the last two and three say together (grams.py).
     """
 
     def __init__(self, config: TokenLMConfig) -> None:
@@ -41,6 +43,7 @@ class TokenLM(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)
         self.recall = Recall(config.backbone.width, config.recall) if config.recall else None
+        self.grams = Grams(config.backbone.width, config.grams) if config.grams else None
 
     @property
     def patch_size(self) -> int:
@@ -67,9 +70,11 @@ class TokenLM(nn.Module):
             return self.backbone(self._whole(ids_BPK[..., 0]), cache)
         parts = self.recall.parts(self._tokens(), text_BT.numel())
         all_seen = sees_all(seen_BP, text_BT)
-        query_BPC = queries(pair_at(text_BT, seen_BP, all_seen), parts)
-        found_BPD = self.recall.ask(self.recall.memory(text_BT, parts), query_BPC, seen_BP, apart, all_seen)
-        return self.backbone(self._embedded(ids_BPK[..., 0]) + found_BPD, cache)
+        last_BP3 = last_ids(text_BT, seen_BP, LONGEST, all_seen)
+        found_BPD = self.recall.ask(
+            self.recall.memory(text_BT, parts), queries(last_BP3, parts), seen_BP, apart, all_seen
+        )
+        return self.backbone(self._with_grams(self._embedded(ids_BPK[..., 0]) + found_BPD, last_BP3), cache)
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` tokens."""
@@ -88,14 +93,24 @@ class TokenLM(nn.Module):
         assert trunk.text is not None, "this trunk was made without its text"
         own = (*trunk.own, ids_BNK)
         parts = self.recall.parts(self._tokens(), trunk.text.numel())
-        found = self.recall.ask_branches(trunk.text[..., 0], torch.cat(own, dim=-1), at_N, parts)
-        state_BND, grown = self.backbone.branch(e_BND + found, trunk, at_N)
+        text_BT, own_BNm = trunk.text[..., 0], torch.cat(own, dim=-1)
+        x_BND = e_BND + self.recall.ask_branches(text_BT, own_BNm, at_N, parts)
+        if self.grams is not None:
+            before_BN3 = last_ids(text_BT, at_N.expand(len(text_BT), -1) + 1, LONGEST)
+            x_BND = self._with_grams(x_BND, torch.cat((before_BN3, own_BNm), dim=-1)[..., -LONGEST:])
+        state_BND, grown = self.backbone.branch(x_BND, trunk, at_N)
         return state_BND, replace(grown, own=own)
 
     def _whole(self, ids_BT: Tensor) -> Tensor:
         """What the backbone reads of texts from their beginning, (B, T, D)."""
         e_BTD = self._embedded(ids_BT)
-        return e_BTD if self.recall is None else e_BTD + self.recall.causal(ids_BT, self._tokens())
+        if self.recall is None:
+            return e_BTD
+        x_BTD = e_BTD + self.recall.causal(ids_BT, self._tokens())
+        return x_BTD if self.grams is None else self._with_grams(x_BTD, windows(ids_BT))
+
+    def _with_grams(self, x_ND: Tensor, last_N3: Tensor) -> Tensor:
+        return x_ND if self.grams is None else x_ND + self.grams(last_N3).to(x_ND.dtype)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return embedded(self.embedding, ids, self.config.embedding_norm, self.config.backbone.norm_eps)

@@ -35,7 +35,8 @@ BUSY = (
 MEASURABLE = 60.0  # seconds: a model whose steps would take longer than this is counted, not run
 SHARE = 0.3  # of the machine's rate of matrix products that a training step reaches, where it is not measured
 DOCUMENTS, DOCUMENT_TOKENS = 40, 2048  # scored, where neither spec nor data say
-_LATER = {"inner"}  # settings that rates kept earlier do not know: left out where they are None
+# Settings that rates kept earlier do not know, and what they say where nothing is asked of them: left out then.
+_LATER: dict[str, object] = {"inner": None, "grams": 0}
 _FREE = {  # settings without an effect on speed
     "seed", "steps", "log_every", "eval_every", "save_every", "save_minutes", "init_std",
     "kl_weight", "kl_clip", "latent_dropout", "token_dropout", "mask_id",
@@ -209,5 +210,5 @@ def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _without_free(value) if isinstance(value, dict) else value
         for name, value in settings.items()
-        if name not in _FREE and not (name in _LATER and value is None)
+        if name not in _FREE and not (name in _LATER and value == _LATER[name])
     }

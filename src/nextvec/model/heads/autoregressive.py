@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from nextvec.config import AutoregressiveHeadConfig, CalmConfig
 from nextvec.model.backbone import Backbone
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
+from nextvec.model.grams import Grams
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, wide
-from nextvec.model.heads.recalling import Asking, Recalls, next_pair
+from nextvec.model.heads.recalling import Asking, Recalls, and_then
 from nextvec.model.layers import embedded
 from nextvec.model.recall import Recall, Tokens, unit_tokens
 from nextvec.model.text_states import States, vector_of
@@ -26,7 +27,8 @@ class AutoregressiveHead(Recalls, nn.Module):
 
     The blocks are those of the backbone. It is what "multi-token prediction" with a causal head is: the same states as
     CALM's, with the next patch factorised token by token instead of drawn as one vector. With `recall`, what followed the
-    last two tokens earlier in the text is added to each position's input (recall.py).
+    last two tokens earlier in the text is added to each position's input (recall.py), and with `grams` what the last two and
+    three say together (grams.py).
     """
 
     latents: ClassVar[bool] = False
@@ -44,6 +46,7 @@ class AutoregressiveHead(Recalls, nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.decoder = Backbone(config.backbone.override(layers=config.head.blocks))
         self.recall = Recall(width, config.head.recall) if config.head.recall else None
+        self.grams = Grams(width, config.head.grams) if config.head.grams else None
 
     def tokens(self) -> Tokens:
         return unit_tokens(self.embedding, self.eps)
@@ -99,8 +102,8 @@ class AutoregressiveHead(Recalls, nn.Module):
         given: Sequence[int],
     ) -> Tensor:
         """Patches (S, M, K)."""
-        pair_MS2 = None if asking is None else asking.tail[:, None]
-        hidden_M1D, trunk = self.decoder.trunk(self._with_answers(state_MD[:, None], asking, pair_MS2))
+        last_MS3 = None if asking is None else asking.tail[:, None]
+        hidden_M1D, trunk = self.decoder.trunk(self._with_answers(state_MD[:, None], asking, last_MS3))
         tokens = [torch.full((len(state_MD), draws), token, device=state_MD.device) for token in given]
         if not given:
             tokens.append(self._sample(hidden_M1D, draws, generator, sharpen))
@@ -109,8 +112,8 @@ class AutoregressiveHead(Recalls, nn.Module):
         at_S = torch.zeros(draws, dtype=torch.int64, device=state_MD.device)
         for place in range(1, self.patch_size):
             ids_MS = tokens[place - 1]
-            pair_MS2 = None if pair_MS2 is None else next_pair(pair_MS2, ids_MS)
-            x_MSD = self._with_answers(self._embedded(ids_MS), asking, pair_MS2)
+            last_MS3 = None if last_MS3 is None else and_then(last_MS3, ids_MS)
+            x_MSD = self._with_answers(self._embedded(ids_MS), asking, last_MS3)
             hidden_MSD, trunk = self.decoder.branch(x_MSD, trunk, at_S)
             if place >= len(given):
                 tokens.append(self._sample(hidden_MSD, 1, generator, sharpen))
@@ -118,8 +121,8 @@ class AutoregressiveHead(Recalls, nn.Module):
                     sharpen.took(tokens[-1].flatten())
         return torch.stack(tokens, dim=-1).transpose(0, 1)
 
-    def _with_answers(self, x_MSD: Tensor, asking: Asking | None, pair_MS2: Tensor | None) -> Tensor:
-        return x_MSD if asking is None or pair_MS2 is None else x_MSD + self.answers(asking, pair_MS2)
+    def _with_answers(self, x_MSD: Tensor, asking: Asking | None, last_MS3: Tensor | None) -> Tensor:
+        return x_MSD if asking is None or last_MS3 is None else x_MSD + self.answers(asking, last_MS3)
 
     def compile_regions(self) -> list[nn.Module]:
         return list(self.decoder.blocks)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from nextvec.config import CalmConfig, MixtureHeadConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
+from nextvec.model.grams import Grams
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
-from nextvec.model.heads.recalling import Asking, Recalls
+from nextvec.model.heads.recalling import Asking, Recalls, and_then
 from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU, normed_rows
 from nextvec.model.packed import Kept, product_with
 from nextvec.model.recall import Recall, Tokens, queries
@@ -41,7 +42,8 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
     otherwise it is 20 times smaller than the slots at the start.
 
     With `recall` each place also looks up, by the two tokens before it, what followed these two earlier in the text, in the
-    patches that the state has read (recall.py); states are then `TextStates`.
+    patches that the state has read (recall.py); states are then `TextStates`. With `grams` it reads what the last two and three
+    tokens say together, too (grams.py).
     """
 
     latents: ClassVar[bool] = True
@@ -64,6 +66,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         self.norm = RMSNorm(width, eps=eps)
         self.output = nn.Linear(width, config.vocab_size, bias=False)
         self.recall = Recall(width, config.head.recall) if config.head.recall else None
+        self.grams = Grams(width, config.head.grams) if config.head.grams else None
         self._units = Kept[Tensor]()
         self._told = Kept[Callable[[Tensor], Tensor]]()
 
@@ -133,12 +136,13 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         """Tokens (S, M, K) picked by the shares (S, M, K), place after place."""
         draws, states, _ = share.shape
         line_SMKC = self._line(state_MX, asking)[None]  # S is 1 until draws differ
+        last_SM3 = None if asking is None else asking.tail[None]
         chosen: list[Tensor] = []
         for place in range(self.patch_size):
             if place < len(given):
                 ids_SM = torch.full((1, states), given[place], device=share.device)
             else:
-                hidden_SMD = self._hidden(self._looked_up(line_SMKC.select(2, 0), asking))
+                hidden_SMD = self._hidden(self._looked_up(line_SMKC.select(2, 0), asking, last_SM3))
                 if len(hidden_SMD) == 1:
                     ids_SM = self._picked(hidden_SMD[0], share[..., place].T, sharpen).T
                 else:
@@ -150,6 +154,8 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
             left = self.patch_size - place - 1
             if left:
                 line_SMKC = line_SMKC.narrow(2, 1, left) + self._tells(ids_SM).narrow(2, 0, left)
+                if self.grams is not None and last_SM3 is not None:
+                    last_SM3 = and_then(last_SM3, ids_SM)
         return torch.stack(chosen, dim=-1)
 
     def _line(self, state_MX: Tensor, asking: Asking | None) -> Tensor:
@@ -158,7 +164,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         x_MKD = self._slots(state_MD) + self._windows(F.pad(before_MWD, (0, 0, 0, self.patch_size - 1)))
         if asking is None:
             return x_MKD
-        first, second = queries(asking.tail, asking.parts), asking.parts.before(asking.tail[:, 1])
+        first, second = queries(asking.tail, asking.parts), asking.parts.before(asking.tail[:, -1])
         query = torch.stack((first, second)[: self.patch_size], dim=1)
         return torch.cat((x_MKD, F.pad(query, (0, 0, 0, self.patch_size - query.shape[1]))), dim=-1)
 
@@ -184,12 +190,12 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
 
         return self._told.of(made_of, make)(ids_N).unflatten(-1, (self.window, -1))
 
-    def _looked_up(self, line_SMC: Tensor, asking: Asking | None) -> Tensor:
+    def _looked_up(self, line_SMC: Tensor, asking: Asking | None, last_SM3: Tensor | None) -> Tensor:
         """What the blocks read at one place of S draws, (S, M, D)."""
-        if asking is None:
+        if asking is None or last_SM3 is None:
             return line_SMC
         x_SMD, query_SMC = line_SMC.tensor_split((self.width,), dim=-1)
-        return x_SMD + self.answers_to(asking, query_SMC.transpose(0, 1)).transpose(0, 1)
+        return self.with_grams(x_SMD + self.answers_to(asking, query_SMC.transpose(0, 1)).transpose(0, 1), last_SM3)
 
     def latents_of(self, ids_NK: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
         """S latents of given patches (..., K), each place from its token's Gaussian: (S, ..., L)."""

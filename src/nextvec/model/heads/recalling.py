@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nextvec.model.recall import Memory, Parts, Recall, Tokens, pair_at, queries, sees_all
+from nextvec.model.grams import LONGEST, Grams
+from nextvec.model.recall import Memory, Parts, Recall, Tokens, last_ids, queries, sees_all
 from nextvec.model.text_states import States, TextStates
 
 
@@ -21,15 +22,16 @@ class Asking(NamedTuple):
     memory: Memory
     parts: Parts
     seen: Tensor  # (R, Q)
-    tail: Tensor  # (R * Q, 2), the last two ids that a state has seen; -1 for none
+    tail: Tensor  # (R * Q, 3), the last ids that a state has seen; -1 for none
     apart: bool
     all_seen: bool  # every state has seen its whole text
 
 
 class Recalls:
-    """For heads to inherit: `recall`, None without. A head with it needs `TextStates`."""
+    """For heads to inherit: `recall`, None without, and `grams`, None without. A head with them needs `TextStates`."""
 
     recall: Recall | None
+    grams: Grams | None
 
     def tokens(self) -> Tokens:
         """The embeddings that recall is made of."""
@@ -48,14 +50,18 @@ class Recalls:
         done = 0
         for text, seen in zip(text_RT.split(size), seen_RQ.split(size), strict=True):
             all_seen = sees_all(seen, text)
-            tail = pair_at(text, seen, all_seen).flatten(0, 1)
+            tail = last_ids(text, seen, LONGEST, all_seen).flatten(0, 1)
             states = slice(done, done + len(tail))
             yield states, Asking(self.recall.memory(text, parts), parts, seen, tail, state_ND.apart, all_seen)
             done = states.stop
 
-    def answers(self, asking: Asking, pair_MS2: Tensor) -> Tensor:
-        """What is found for S pairs of ids (M, S, 2) of each state, (M, S, D)."""
-        return self.answers_to(asking, queries(pair_MS2, asking.parts))
+    def answers(self, asking: Asking, last_MS3: Tensor) -> Tensor:
+        """What is found where these were the last ids (M, S, 3) of each state, (M, S, D)."""
+        return self.with_grams(self.answers_to(asking, queries(last_MS3, asking.parts)), last_MS3)
+
+    def with_grams(self, x_ND: Tensor, last_N3: Tensor) -> Tensor:
+        """And what the last ids say together."""
+        return x_ND if self.grams is None else x_ND + self.grams(last_N3).to(x_ND.dtype)
 
     def answers_to(self, asking: Asking, query_MSC: Tensor) -> Tensor:
         """What is found by S queries (M, S, H E) of each state, (M, S, D)."""
@@ -71,10 +77,10 @@ class Recalls:
             if asking is None:
                 return None
             line = torch.cat((asking.tail, ids_MK[states, :-1]), dim=1)
-            found.append(self.answers(asking, line.unfold(1, 2, 1)))
+            found.append(self.answers(asking, line.unfold(1, LONGEST, 1)))
         return torch.cat(found)
 
 
-def next_pair(pair_MS2: Tensor, ids_MS: Tensor) -> Tensor:
-    """The last two ids after one more, (M, S, 2), of pairs (M, S or 1, 2)."""
-    return torch.stack((pair_MS2[..., 1].expand_as(ids_MS), ids_MS), dim=-1)
+def and_then(last_MS3: Tensor, ids_MS: Tensor) -> Tensor:
+    """The last three ids after one more, (M, S, 3), of those (M, S or 1, 3) before."""
+    return torch.cat((last_MS3[..., 1:].expand(*ids_MS.shape, -1), ids_MS[..., None]), dim=-1)

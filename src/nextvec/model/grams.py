@@ -1,0 +1,65 @@
+"""What the last two and the last three tokens say together: embeddings of hashed n-grams, added to what a token's place reads.
+
+Longer n-grams would each be too rare to be learnt in the trainings that this is for (docs/recipe.md); what follows a rare one in
+its own text, recall.py finds. Legend: N any leading dimensions, D width, G = 64 numbers of an n-gram, B buckets.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextvec.model.packed import Kept
+
+ORDERS = (2, 3)  # tokens of an n-gram
+LONGEST = max(ORDERS)
+DIM = 64  # G
+MOST_MADE = 1 << 25  # numbers of the table that is made where no gradient is wanted
+# Random odd numbers below 2^43: with ids below 2^18 the sum of three products stays below 2^63. Its upper bits are the hash.
+FACTORS = ((0, 7_510_479_303_567, 6_611_278_104_569), (7_992_990_693_925, 8_524_812_017_577, 4_845_837_026_885))
+SHIFT = 20
+
+
+class Grams(nn.Module):
+    """up [t_2(y_(i-1) y_i); t_3(y_(i-2) y_(i-1) y_i)], t_n of B rows each: (..., 3) ids -> (..., D).
+
+    N-grams that meet in a row share it; the frequent ones win it. `up` begins at 0.
+    """
+
+    _factors: Tensor
+    _first: Tensor
+
+    def __init__(self, width: int, buckets: int) -> None:
+        super().__init__()
+        self.buckets = buckets
+        self.embedding = nn.Embedding(len(ORDERS) * buckets, DIM)
+        self.up = nn.Linear(len(ORDERS) * DIM, width, bias=False)
+        self.register_buffer("_factors", torch.tensor(FACTORS), persistent=False)
+        self.register_buffer("_first", torch.arange(len(ORDERS)) * buckets, persistent=False)
+        self._made = Kept[Tensor]()
+
+    def zero_initialised(self) -> list[Tensor]:
+        return [self.up.weight]
+
+    def forward(self, last_N3: Tensor) -> Tensor:
+        """Of the last three ids, the last one last; -1 before a text begins."""
+        rows_N2 = self.rows(last_N3)
+        if torch.is_grad_enabled() or self.embedding.num_embeddings * self.up.out_features > MOST_MADE:
+            return self.up(self.embedding(rows_N2).flatten(-2))
+        return F.embedding(rows_N2, self._made.of((self.embedding.weight, self.up.weight), self._table)).sum(-2)
+
+    def rows(self, last_N3: Tensor) -> Tensor:
+        """Rows of `embedding`, (..., 2)."""
+        mixed = ((last_N3 + 1)[..., None, :] * self._factors).sum(-1)
+        return (mixed >> SHIFT).remainder(self.buckets) + self._first
+
+    def _table(self) -> Tensor:
+        """`up` of every row, (2 B, D)."""
+        parts = zip(self.embedding.weight.split(self.buckets), self.up.weight.split(DIM, dim=1), strict=True)
+        return torch.cat([F.linear(rows, up) for rows, up in parts])
+
+
+def windows(ids_RT: Tensor) -> Tensor:
+    """The last three ids at each token of whole texts, (R, T, 3)."""
+    return F.pad(ids_RT, (LONGEST - 1, 0), value=-1).unfold(1, LONGEST, 1)
