@@ -79,6 +79,17 @@ def test_it_begins_at_nothing_and_learns() -> None:
     assert module.embedding.weight.shape == (40, DIM)
 
 
+def test_it_may_be_made_without_memory_and_filled_later() -> None:
+    """As run directories are loaded."""
+    line = torch.tensor([[1, 2, 3]])
+    with torch.device("meta"):
+        empty = Grams(8, 50)
+        assert empty(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 8)
+    whole = filled()
+    empty.load_state_dict(whole.state_dict(), assign=True)
+    assert torch.equal(empty(line), whole(line))
+
+
 def test_last_ids_of_whole_texts_and_of_places_agree() -> None:
     text = torch.arange(10, 18).view(2, 4)
     assert windows(text)[0].tolist() == [[-1, -1, 10], [-1, 10, 11], [10, 11, 12], [11, 12, 13]]

@@ -6,6 +6,8 @@ its own text, recall.py finds. Legend: N any leading dimensions, D width, G = 64
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,16 +29,11 @@ class Grams(nn.Module):
     N-grams that meet in a row share it; the frequent ones win it. `up` begins at 0.
     """
 
-    _factors: Tensor
-    _first: Tensor
-
     def __init__(self, width: int, buckets: int) -> None:
         super().__init__()
         self.buckets = buckets
         self.embedding = nn.Embedding(len(ORDERS) * buckets, DIM)
         self.up = nn.Linear(len(ORDERS) * DIM, width, bias=False)
-        self.register_buffer("_factors", torch.tensor(FACTORS), persistent=False)
-        self.register_buffer("_first", torch.arange(len(ORDERS)) * buckets, persistent=False)
         self._made = Kept[Tensor]()
 
     def zero_initialised(self) -> list[Tensor]:
@@ -51,13 +48,20 @@ class Grams(nn.Module):
 
     def rows(self, last_N3: Tensor) -> Tensor:
         """Rows of `embedding`, (..., 2)."""
-        mixed = ((last_N3 + 1)[..., None, :] * self._factors).sum(-1)
-        return (mixed >> SHIFT).remainder(self.buckets) + self._first
+        factors, first = _constants(self.buckets, last_N3.device)
+        return (((last_N3 + 1)[..., None, :] * factors).sum(-1) >> SHIFT).remainder(self.buckets) + first
 
     def _table(self) -> Tensor:
         """`up` of every row, (2 B, D)."""
         parts = zip(self.embedding.weight.split(self.buckets), self.up.weight.split(DIM, dim=1), strict=True)
         return torch.cat([F.linear(rows, up) for rows, up in parts])
+
+
+@functools.cache
+def _constants(buckets: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """No buffers of the module, which is made without memory before its weights are loaded."""
+    with torch.inference_mode(False):
+        return torch.tensor(FACTORS, device=device), torch.arange(len(ORDERS), device=device) * buckets
 
 
 def windows(ids_RT: Tensor) -> Tensor:
