@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextvec.config import CalmConfig, TokenLMConfig
 from nextvec.errors import UserError
 from nextvec.model.cache import KVCache
 from nextvec.model.calm import Calm
@@ -367,3 +368,26 @@ def test_mistakes_are_told_at_the_call() -> None:
         stream_text(token_lm(), "a", top_p=1.5)
     with pytest.raises(UserError, match="top_k must be at least 1; got 0"):
         stream_text(token_lm(), "a", top_k=0)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", ["energy", "mixture", "autoregressive", "token"])
+def test_generation_in_bfloat16_with_all_that_a_model_may_have(kind: str, deterministic: bool) -> None:
+    """Its linear layers are packed there, where the processor has products for it."""
+    backbone = {"layers": 1, "width": 64, "inner": 64, "heads": 2}
+    more = {} if kind == "energy" else {"recall": 1, "grams": 64}
+    autoencoder = {"vocab_size": 64, "patch_size": 4, "width": 32, "inner": 32, "latent": 32, "factored": True}
+    model: Calm | TokenLM
+    if kind == "token":
+        model = TokenLM(TokenLMConfig.parse({"vocab_size": 64, "backbone": backbone, **more}))
+    else:
+        head = {"kind": kind, **more}
+        model = Calm(CalmConfig.parse({"autoencoder": autoencoder, "backbone": backbone, "head": head}))
+    model = model.bfloat16().eval()
+    engine = Engine(model, eos_id=0, pad_id=1, slots=2, capacity=16, deterministic=deterministic)
+    for prompt in ([3, 4, 5, 6, 7, 8, 9, 10], [3, 4, 5]):
+        engine.add(prompt, Sampling(max_tokens=8, seed=0, temperature=0.5))
+    events = [event for _ in range(8) for event in engine.step()]
+    drawn = [sum(len(event.tokens) for event in events if event.row == row) for row in range(2)]
+    ended = [any(event.finished for event in events if event.row == row) for row in range(2)]
+    assert all(ended) or drawn == [8, 8]

@@ -102,7 +102,7 @@ def test_last_ids_of_whole_texts_and_of_places_agree() -> None:
 
 @pytest.mark.parametrize("head", [MixtureHeadConfig, AutoregressiveHeadConfig])
 def test_without_recall_they_are_refused(head: type[MixtureHeadConfig | AutoregressiveHeadConfig]) -> None:
-    message = "grams = 64 needs recall, which keeps the tokens of the text at hand: give recall = 1"
+    message = "grams = 64 needs recall, which keeps the tokens of the text at hand: give recall = 1, or grams = 0"
     with pytest.raises(ConfigError, match=message):
         head.parse({"grams": 64})
     with pytest.raises(ConfigError, match=message):

@@ -50,6 +50,20 @@ def test_singular_values_come_near_one_and_vectors_stay(rows: int, columns: int,
     assert largest < (0.05 if dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.parametrize("leading", [1, 2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_leading_values_keep_their_sign_and_size_where_the_first_polynomial_is_smallest(
+    leading: int, dtype: torch.dtype
+) -> None:
+    """Its terms all but cancel near 0.83 of the bound, where four or five equal values lie."""
+    values = torch.cat((torch.ones(leading), torch.full((96 - leading,), 0.05))).double()
+    given = matrix(96, 96, values)
+    found = orthogonal(given.to(dtype)).double()
+    left, _, right = torch.linalg.svd(given)
+    along = (left.T @ found @ right.T).diagonal()[:leading]
+    assert 0.65 < along.min() <= along.max() < 1.35
+
+
 def test_one_singular_value_and_none() -> None:
     one = torch.outer(torch.ones(5), torch.arange(1.0, 8.0))
     found = torch.linalg.svdvals(orthogonal(one))

@@ -88,7 +88,9 @@ class CategoricalHeadConfig(Config):
 def check_grams(grams: int, recall: int) -> None:
     """Raises ValueError in one sentence where n-grams are asked for without what keeps a text at hand."""
     if grams and not recall:
-        raise ValueError(f"grams = {grams} needs recall, which keeps the tokens of the text at hand: give recall = 1")
+        raise ValueError(
+            f"grams = {grams} needs recall, which keeps the tokens of the text at hand: give recall = 1, or grams = 0"
+        )
 
 
 class MixtureHeadConfig(Config):

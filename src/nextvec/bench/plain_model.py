@@ -259,9 +259,7 @@ class TokenLM(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.output = nn.Linear(config.backbone.width, config.vocab_size, bias=False)
         self.recall = Recall(config.backbone.width, config.recall) if config.recall else None
-        self.grams = (
-            Grams(config.backbone.width, config.grams) if config.grams else None
-        )  # there is no other way to do it
+        self.grams = Grams(config.backbone.width, config.grams) if config.grams else None
         self.config = config
 
     def states(self, ids_BT: Tensor) -> Tensor:

@@ -46,10 +46,11 @@ def _factor(gram: Tensor, step: int) -> Tensor:
         factor.diagonal().add_(a)
         return factor
     wide = torch.float64 if gram.dtype == torch.float64 else torch.float32
-    size = torch.linalg.matrix_norm(square, dtype=wide).sqrt().sqrt().clamp(min=LEAST_SIZE)
-    factor = gram * (b / size**3) + square * (c / size**5)
-    factor.diagonal().add_((a / size).to(factor.dtype))
-    return factor
+    wide_gram, wide_square = gram.to(wide), square.to(wide)  # the terms all but cancel where the polynomial is smallest
+    size = torch.linalg.matrix_norm(wide_square).sqrt().sqrt().clamp(min=LEAST_SIZE)
+    factor = wide_gram * (b / size**3) + wide_square * (c / size**5)
+    factor.diagonal().add_(a / size)
+    return factor.to(gram.dtype)
 
 
 def _by_gram(x: Tensor) -> Tensor:
