@@ -331,6 +331,20 @@ def test_an_edited_spec_is_refused(work: Path, changes: dict[str, Any], sentence
     assert json.loads((work / "out" / "sweep.json").read_text())["spec"]["name"] == "spec"
 
 
+def test_rows_that_are_kept_as_results_alone_are_not_edited_either(work: Path, tmp_path: Path) -> None:
+    """As in docs/results."""
+    shutil.copytree(work / "out", tmp_path / "out")
+    for path in (tmp_path / "out").glob("rows/*/*/*/job.json"):
+        path.unlink()
+    spec = read_spec(str(work / "spec.yaml"))
+    check_begun(tmp_path / "out", spec, make_jobs(spec, one_second, vocabulary_of(work)))
+    other = spec.override(evaluate=spec.evaluate.override(draws=spec.evaluate.draws + 1))
+    with pytest.raises(
+        ConfigError, match=r"was edited after rows were run: .* began with evaluate\.draws 2 and it now says 3"
+    ):
+        check_begun(tmp_path / "out", other, make_jobs(other, one_second, vocabulary_of(work)))
+
+
 def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds something that is not a sweep; give another folder with --out"):
@@ -512,6 +526,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
         (["sweep", "draws", "--seed", "7"], "--seed 7 is none of the spec's seeds: 0, 1"),
         (["sweep", "draws", "--rate", "5"], "--rate plans, and only --dry-run does that"),
         (["report", "."], ". is no sweep: it has no sweep.json"),
+        (["report", "nowhere"], "nowhere does not exist: give a folder that `nextvec sweep` wrote"),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence(

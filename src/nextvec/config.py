@@ -176,11 +176,7 @@ class TokenLMConfig(Config):
     embedding_norm: bool = False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe.md) [D]
     recall: Count = 0  # attention heads that look up what followed the last two tokens earlier in the text [D]
     grams: Count = 0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall [D]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_grams(self.grams, self.recall)
-        return self
+    _check_grams = model_validator(mode="after")(check_grams)
 
     @property
     def patch_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -85,12 +85,17 @@ class CategoricalHeadConfig(Config):
         return self.steps
 
 
-def check_grams(grams: int, recall: int) -> None:
-    """Raises ValueError in one sentence where n-grams are asked for without what keeps a text at hand."""
+C = TypeVar("C", bound=Config)
+
+
+def check_grams(config: C) -> C:
+    """For settings to take as a validator. Raises ValueError for n-grams without what keeps a text at hand."""
+    grams, recall = (getattr(config, name) for name in ("grams", "recall"))
     if grams and not recall:
         raise ValueError(
             f"grams = {grams} needs recall, which keeps the tokens of the text at hand: give recall = 1, or grams = 0"
         )
+    return config
 
 
 class MixtureHeadConfig(Config):
@@ -108,8 +113,9 @@ class MixtureHeadConfig(Config):
     def _check(self) -> Self:
         if self.inner is not None and not self.blocks:
             raise ValueError("inner is the inner width of blocks, and blocks is 0: leave it out, or give blocks")
-        check_grams(self.grams, self.recall)
         return self
+
+    _check_grams = model_validator(mode="after")(check_grams)
 
 
 class AutoregressiveHeadConfig(Config):
@@ -122,11 +128,7 @@ class AutoregressiveHeadConfig(Config):
         0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
     )
     grams: Count = 0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall (docs/recipe.md)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_grams(self.grams, self.recall)
-        return self
+    _check_grams = model_validator(mode="after")(check_grams)
 
 
 HeadKind: TypeAlias = (

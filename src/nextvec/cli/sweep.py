@@ -80,6 +80,8 @@ def sweep(
             "--out",
             str(folder),
             *(["--device", device] if device != "auto" else []),
+            *(part for each in only or [] for part in ("--only", each)),
+            *(part for each in seed or [] for part in ("--seed", str(each))),
         ]
         done = run_sweep(spec, folder, only=wanted, device=device, command=shlex.join(command))
         busy = f", {done.busy} in the hands of another process" if done.busy else ""
@@ -117,12 +119,13 @@ def _dry_run(
 
     from nextvec.report.words import count, duration
     from nextvec.sweep.estimate import Rates, busy, estimate
-    from nextvec.sweep.folder import RATES, RESULT
+    from nextvec.sweep.folder import RATES, RESULT, check_folder
     from nextvec.sweep.plan import assumed_vocabulary, make_jobs, tokens_per_step
 
     total = longest = 0.0
     rows = finished = 0
     for spec, folder in zip(specs, folders, strict=True):
+        check_folder(folder)
         rates = Rates(folder / RATES, torch.device(device), keep=False, flops=rate)
         vocabulary, note = assumed_vocabulary(spec)
         jobs = [job for job in make_jobs(spec, rates, vocabulary) if wanted(job)]

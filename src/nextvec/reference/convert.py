@@ -120,6 +120,8 @@ def convert_back(run: str | Path, destination: Path) -> ModelRun:
     }
     for what in (name for name, present in variants.items() if present):
         raise ConfigError(f"{run} has an autoencoder with {what}, which the published format does not know")
+    if (destination / CONFIG).exists():
+        raise ConfigError(f"{destination} is a run directory; give a new directory")
     _check_free(destination / PICKLED)
     table = calm_names(config.model) if isinstance(config.model, CalmConfig) else autoencoder_names(config.model)
     shapes = _shapes(config)

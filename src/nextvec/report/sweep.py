@@ -291,11 +291,12 @@ def provenance(sweep: Sweep) -> str:
     if not found:
         return ""
     result, machines = found[-1], {item["machine"]["processor"] for item in found}
+    precisions = sorted({item["machine"]["precision"] for item in found if "precision" in item["machine"]})
     machine = result["machine"]
     lines = [
         f"Text: {', '.join(sweep.spec['data']['source']) or 'prepared shards'}. Machine: {', '.join(sorted(machines))}, "
         f"{machine['cores']} cores, {machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}, "
-        f"torch {machine['torch']}, nextvec {result['nextvec']}; "
+        f"{''.join(f'{each}, ' for each in precisions)}torch {machine['torch']}, nextvec {result['nextvec']}; "
         f"{duration(sum(item['seconds'] or 0 for item in found))} of training in all rows "
         f"({duration(sum(item['cpu_seconds'] or 0 for item in found))} of processor time)."
     ]

@@ -64,9 +64,12 @@ def read_sweep(out: Path) -> dict[str, Any]:
 def check_begun(out: Path, spec: SweepSpec, jobs: Sequence[Job]) -> None:
     """Refuse a spec that would change or drop a row that was begun; new rows and seeds are welcome. Raises ConfigError."""
     planned = {job.folder: job for job in jobs}
-    for path in sorted(out.glob("rows/*/*/*/" + JOB)):
-        folder = path.parent.relative_to(out)
-        begun = read_json(path, "begun row")
+    begun_in = {path.parent for name in (JOB, RESULT) for path in out.glob("rows/*/*/*/" + name)}
+    for path in sorted(begun_in):
+        folder = path.relative_to(out)
+        begun = read_json(
+            path / JOB if (path / JOB).is_file() else path / RESULT, "begun row"
+        )  # results alone may be kept
         job = planned.get(folder)
         if job is None:
             raise ConfigError(

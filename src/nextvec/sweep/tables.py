@@ -78,6 +78,8 @@ class Sweep:
 def read_sweep_results(path: Path) -> Sweep:
     """Read a sweep's folder. Raises DataError or ConfigError in one sentence for anything else."""
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a folder that `nextvec sweep` wrote")
     if not (path / SWEEP).is_file():
         raise DataError(f"{path} is no sweep: it has no {SWEEP}; report takes the folders that `nextvec sweep` wrote")
     record = _whole(read_sweep(path), path / SWEEP, ("spec", "rows"))
