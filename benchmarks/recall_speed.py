@@ -1,4 +1,4 @@
-"""What recall costs: a training step and a text's tokens per second with and without it, all in turn in one process.
+"""What recall costs: a training step and a text's tokens per second with and without it, no n-grams, all in turn in one process.
 
     python benchmarks/recall_speed.py [--repeats 16] [--threads 1]
 
@@ -34,12 +34,12 @@ def model(arm: str, recall: int) -> Calm | TokenLM:
     if arm == "calm":
         settings = read_settings("fast/calm")["model"]
         encoder = AutoencoderConfig(**{**read_settings("fast/autoencoder")["model"], "vocab_size": VOCABULARY})
-        head = {**settings["head"], "recall": recall}
+        head = {**settings["head"], "recall": recall, "grams": 0}
         config = CalmConfig.parse({"autoencoder": encoder, "backbone": settings["backbone"], "head": head})
         found = Calm(config)
     else:
         settings = read_settings("fast/transformer")["model"]
-        found = TokenLM(TokenLMConfig.parse({**settings, "vocab_size": VOCABULARY, "recall": recall}))
+        found = TokenLM(TokenLMConfig.parse({**settings, "vocab_size": VOCABULARY, "recall": recall, "grams": 0}))
     initialise(found, torch.Generator().manual_seed(0), INIT_GAIN / found.config.backbone.width**0.5)
     return found
 

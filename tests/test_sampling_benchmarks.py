@@ -212,7 +212,7 @@ def test_repetition_is_told_by_penalty(demo: Path, capsys: pytest.CaptureFixture
 def test_what_an_update_of_muon_costs(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark("muon_speed")(["--arm", "token", "--repeats", "1"])
     head, torchs, ours, values = capsys.readouterr().out.splitlines()
-    assert head.startswith("token, 1 layers: 8 matrices")
+    assert head.startswith("token, 1 layers: 9 matrices")
     assert float(torchs.split()[1]) > 0
     assert float(ours.split()[1]) > 0
     assert float(values.split()[-1]) < 1.35
