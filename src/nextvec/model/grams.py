@@ -64,6 +64,11 @@ def _constants(buckets: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.tensor(FACTORS, device=device), torch.arange(len(ORDERS), device=device) * buckets
 
 
+def with_grams(grams: Grams | None, x_ND: Tensor, last_N3: Tensor) -> Tensor:
+    """x, and what the last three ids say together, if there are n-grams."""
+    return x_ND if grams is None else x_ND + grams(last_N3).to(x_ND.dtype)
+
+
 def windows(ids_RT: Tensor) -> Tensor:
     """The last three ids at each token of whole texts, (R, T, 3)."""
     return F.pad(ids_RT, (LONGEST - 1, 0), value=-1).unfold(1, LONGEST, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nextvec.config import TokenLMConfig
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
-from nextvec.model.grams import LONGEST, Grams, windows
+from nextvec.model.grams import LONGEST, Grams, windows, with_grams
 from nextvec.model.layers import embedded
 from nextvec.model.recall import Recall, Tokens, last_ids, queries, sees_all, unit_tokens
 
@@ -74,7 +74,7 @@ class TokenLM(nn.Module):
         found_BPD = self.recall.ask(
             self.recall.memory(text_BT, parts), queries(last_BP3, parts), seen_BP, apart, all_seen
         )
-        return self.backbone(self._with_grams(self._embedded(ids_BPK[..., 0]) + found_BPD, last_BP3), cache)
+        return self.backbone(with_grams(self.grams, self._embedded(ids_BPK[..., 0]) + found_BPD, last_BP3), cache)
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` tokens."""
@@ -97,7 +97,7 @@ class TokenLM(nn.Module):
         x_BND = e_BND + self.recall.ask_branches(text_BT, own_BNm, at_N, parts)
         if self.grams is not None:
             before_BN3 = last_ids(text_BT, at_N.expand(len(text_BT), -1) + 1, LONGEST)
-            x_BND = self._with_grams(x_BND, torch.cat((before_BN3, own_BNm), dim=-1)[..., -LONGEST:])
+            x_BND = with_grams(self.grams, x_BND, torch.cat((before_BN3, own_BNm), dim=-1)[..., -LONGEST:])
         state_BND, grown = self.backbone.branch(x_BND, trunk, at_N)
         return state_BND, replace(grown, own=own)
 
@@ -107,10 +107,7 @@ class TokenLM(nn.Module):
         if self.recall is None:
             return e_BTD
         x_BTD = e_BTD + self.recall.causal(ids_BT, self._tokens())
-        return x_BTD if self.grams is None else self._with_grams(x_BTD, windows(ids_BT))
-
-    def _with_grams(self, x_ND: Tensor, last_N3: Tensor) -> Tensor:
-        return x_ND if self.grams is None else x_ND + self.grams(last_N3).to(x_ND.dtype)
+        return x_BTD if self.grams is None else with_grams(self.grams, x_BTD, windows(ids_BT))
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return embedded(self.embedding, ids, self.config.embedding_norm, self.config.backbone.norm_eps)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nextvec.config import CalmConfig, MixtureHeadConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
-from nextvec.model.grams import Grams
+from nextvec.model.grams import Grams, with_grams
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
 from nextvec.model.heads.recalling import Asking, Recalls, and_then
@@ -195,7 +195,8 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         if asking is None or last_SM3 is None:
             return line_SMC
         x_SMD, query_SMC = line_SMC.tensor_split((self.width,), dim=-1)
-        return self.with_grams(x_SMD + self.answers_to(asking, query_SMC.transpose(0, 1)).transpose(0, 1), last_SM3)
+        answers_SMD = self.answers_to(asking, query_SMC.transpose(0, 1)).transpose(0, 1)
+        return with_grams(self.grams, x_SMD + answers_SMD, last_SM3)
 
     def latents_of(self, ids_NK: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
         """S latents of given patches (..., K), each place from its token's Gaussian: (S, ..., L)."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nextvec.model.grams import LONGEST, Grams
+from nextvec.model.grams import LONGEST, Grams, with_grams
 from nextvec.model.recall import Memory, Parts, Recall, Tokens, last_ids, queries, sees_all
 from nextvec.model.text_states import States, TextStates
 
@@ -57,11 +57,7 @@ class Recalls:
 
     def answers(self, asking: Asking, last_MS3: Tensor) -> Tensor:
         """What is found where these were the last ids (M, S, 3) of each state, (M, S, D)."""
-        return self.with_grams(self.answers_to(asking, queries(last_MS3, asking.parts)), last_MS3)
-
-    def with_grams(self, x_ND: Tensor, last_N3: Tensor) -> Tensor:
-        """And what the last ids say together."""
-        return x_ND if self.grams is None else x_ND + self.grams(last_N3).to(x_ND.dtype)
+        return with_grams(self.grams, self.answers_to(asking, queries(last_MS3, asking.parts)), last_MS3)
 
     def answers_to(self, asking: Asking, query_MSC: Tensor) -> Tensor:
         """What is found by S queries (M, S, H E) of each state, (M, S, D)."""
