@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import torch
@@ -111,19 +111,18 @@ def save_runs(folder: Path) -> Path:
     return folder
 
 
-def started(*words: str | Path, port: int = 0, env: dict[str, str] | None = None) -> tuple[subprocess.Popen[str], str]:
-    """`nextvec serve` in a process of its own, and its address."""
+def started(*words: str | Path, log: Path, port: int = 0, env: dict[str, str] | None = None) -> tuple[Popen[str], str]:
+    """`nextvec serve` in a process of its own, and its address. log: a file for what it logs, since a pipe that nobody
+    reads is full after some hundred requests, and then the server stands still."""
     command = [sys.executable, "-c", "from nextvec.cli import main; main()", "serve", "--port", str(port)]
-    child = subprocess.Popen(
-        [*command, *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(env or {})},
-    )
+    with open(log, "ab") as out:
+        child = Popen(
+            [*command, *map(str, words)], stdout=PIPE, stderr=out, text=True, env={**os.environ, **(env or {})}
+        )
     assert child.stdout is not None
-    line = child.stdout.readline()
-    assert " at http://" in line, child.stderr and child.stderr.read()
+    with child.stdout:
+        line = child.stdout.readline()
+    assert " at http://" in line, log.read_text()
     return child, line.split(" at ")[1].split("/v1")[0]
 
 

@@ -320,10 +320,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_the_requests_in_hand(runs: Path) -> None:
-    child, url = started(
-        runs / "train", f"other={runs / 'baseline'}", "--context-tokens", "4096", env={"NEXTVEC_API_KEY": "key"}
-    )
+def test_sigterm_finishes_the_requests_in_hand(runs: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = (runs / "train", f"other={runs / 'baseline'}", "--context-tokens", "4096")
+    child, url = started(*words, log=log, env={"NEXTVEC_API_KEY": "key"})
     address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
     one = Running({}, None, None, url)  # type: ignore[arg-type]
     asked = {"model": "other", "prompt": "a", "max_tokens": 800, "seed": 2, "stream": True, "temperature": 1}
@@ -343,10 +343,7 @@ def test_sigterm_finishes_the_requests_in_hand(runs: Path) -> None:
         socket.create_connection(address)
     idle.close()
     made.close()
-    assert child.stderr is not None
-    assert child.stdout is not None
-    with child.stdout, child.stderr:
-        lines = [json.loads(line) for line in child.stderr.read().splitlines()]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["listening", "draining", "request", "stopped"]
     assert lines[0]["models"] == ["train", "other"]
 

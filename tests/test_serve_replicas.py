@@ -35,8 +35,9 @@ pytestmark = pytest.mark.slow
 class Replica:
     """A server process."""
 
-    def __init__(self, runs: Path, port: int = 0) -> None:
-        self.child, self.url = started(runs / "train", runs / "baseline", "--context-tokens", "4096", port=port)
+    def __init__(self, runs: Path, log: Path, port: int = 0) -> None:
+        words = (runs / "train", runs / "baseline", "--context-tokens", "4096")
+        self.child, self.url = started(*words, log=log, port=port)
         self.port = int(self.url.rsplit(":", 1)[1])
 
     def held(self) -> int:
@@ -48,11 +49,7 @@ class Replica:
         """The exit code, after a signal or after the one that it has had."""
         if how is not None:
             self.child.send_signal(how)
-        code = self.child.wait(timeout=40)
-        for pipe in (self.child.stdout, self.child.stderr):
-            assert pipe is not None
-            pipe.close()
-        return code
+        return self.child.wait(timeout=40)
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
     runs, made = save_runs(tmp_path), list[Replica]()
 
     def start(port: int = 0) -> Replica:
-        made.append(Replica(runs, port))
+        made.append(Replica(runs, tmp_path / f"log-{len(made)}", port))
         return made[-1]
 
     yield start
@@ -93,7 +90,11 @@ def balanced(folder: Path, ports: list[int]) -> Iterator[Running]:
         yield Running({}, None, None, f"http://127.0.0.1:{port}")  # type: ignore[arg-type]
     finally:
         child.send_signal(signal.SIGQUIT)
-        child.wait(timeout=20)
+        try:
+            child.wait(timeout=20)
+        except subprocess.TimeoutExpired:  # a connection of a test that failed is still open
+            child.kill()
+            child.wait()
 
 
 def reached(port: int) -> bool:
@@ -173,6 +174,7 @@ def test_two_replicas_behind_nginx(replica: Callable[..., Replica], tmp_path: Pa
             found = first.held()
             for each in pair:
                 each.close()
+            time.sleep(0.1)
             return found > 0
 
         until(takes_part)

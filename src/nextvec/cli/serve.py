@@ -67,7 +67,7 @@ def serve(
         raise ConfigError(f"precision must be fp32 or bf16; got {precision!r}")
     from nextvec.hardware import DTYPES, choose_device, slow_precision
     from nextvec.serve.api import build_app
-    from nextvec.serve.logs import event, log_to_stderr
+    from nextvec.serve.logs import event, logs_to
     from nextvec.serve.metrics import Metrics
     from nextvec.serve.models import load_models
     from nextvec.serve.server import make_server, take_address
@@ -79,7 +79,6 @@ def serve(
         if (slow := slow_precision(precision, place)) is not None:
             print(slow, file=sys.stderr)
         models = load_models(runs, settings, metrics, place, dtype)
-        log_to_stderr()
         if host not in LOOPBACK and api_key is None:
             print(
                 f"{host} is open to other machines and there is no --api-key: anyone who reaches it can use it",
@@ -90,4 +89,5 @@ def serve(
             event("listening", address=address, models=list(models))
             print(f"{', '.join(models)} at {address}/v1, a page at {address}/", flush=True)
 
-        run_server(make_server(build_app(models, settings, metrics), settings), socket, ready)
+        with logs_to(2):
+            run_server(make_server(build_app(models, settings, metrics), settings), socket, ready)
