@@ -25,6 +25,7 @@ from nextvec.hardware import synchronize
 from nextvec.model import autoencoder as autoencoder_module
 from nextvec.model.calm import Calm
 from nextvec.model.heads import energy
+from nextvec.model.interface import DrawsWanted
 from nextvec.model.token_lm import TokenLM
 from nextvec.sampling import draw
 from nextvec.train import objectives
@@ -171,7 +172,9 @@ def sampling_places(model: Calm | TokenLM) -> list[Place]:
     decoding = ("decode_tokens", "decode_stem", "decode_place", "decode_hidden")
     places += [(decoder, name, AUTOENCODER) for name in decoding]
     places.append((model, "teacher", AUTOENCODER))  # encodes what a model of latents reads
-    return [*places, (decoder.vocabulary(), "argmax", VOCABULARY), (model.head, "draw", HEAD)]
+    drawing = ["draw", "draw_wanted"] if isinstance(model.head, DrawsWanted) else ["draw"]
+    places += [(model.head, name, HEAD) for name in drawing]
+    return [*places, (decoder.vocabulary(), "argmax", VOCABULARY)]
 
 
 def plain_sampling_places(work: PlainGeneration) -> list[Place]:

@@ -1,7 +1,7 @@
 """N-grams that follow a context, at many positions of a text at once: draws, and probabilities where a model has them.
 
 Legend: S draws, B rows, T tokens, P patches (T = P * K), K tokens per patch, Q starts, N chains, D width, V vocabulary,
-n order, F any further figures kept of each link of a chain.
+n order, F any further figures kept of each link of a chain, U patches that differ or stand on different ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from nextvec.errors import ConfigError
 from nextvec.model.backbone import Trunk
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS
-from nextvec.model.interface import LanguageModel, TokenProbabilities
+from nextvec.model.interface import DrawsWanted, LanguageModel, TokenProbabilities
 
 BRANCHES = 512  # chains grown in one pass: bounds memory, and fastest on 2 cores, since a pass reads no later context
 SCORES = 1 << 22  # chains in one pass times patches that each can attend to: bounds the memory of a long context
@@ -29,17 +29,20 @@ class Scored(NamedTuple):
     target: Tensor  # (B, Q, n) ids
     valid: Tensor  # (B, Q, n) bool, where an order may be scored
 
-    def matters(self, row: int, start_N: Tensor, chain_NL: Tensor) -> Tensor:
-        """(N,) bool: chains of one row, all of them that have not been dropped, that may still count at order L + 1.
+    def matters(self, start_N: Tensor, chain_NL: Tensor) -> Tensor:
+        """(N,) bool: chains, all of a start that have not been dropped, that may still count at order L + 1.
 
-        `start_N` is the index of each chain's start, in ascending order.
+        `start_N` is the index of each chain's start among all B * Q.
         """
         L, base = chain_NL.shape[1], int(chain_NL.max()) + 1
-        right_N = (chain_NL == self.target[row, start_N, :L]).all(dim=-1)
+        target_Nn, valid_Nn = self.target.flatten(0, 1), self.valid.flatten(0, 1)
+        if target_Nn.shape[1] == L:
+            return torch.zeros_like(start_N, dtype=torch.bool)
+        right_N = (chain_NL == target_Nn[start_N, :L]).all(dim=-1)
         group_N = start_N  # chains of a start that agree so far share a number
         for token_N in chain_NL.T:
             _, group_N, count = (group_N * base + token_N).unique(return_inverse=True, return_counts=True)
-        return self.valid[row, start_N, L] & (right_N | (count[group_N] > 1))
+        return valid_Nn[start_N, L] & (right_N | (count[group_N] > 1))
 
 
 @torch.no_grad()
@@ -60,9 +63,10 @@ def draw_ngrams(
     patch is shorter than the n-gram, patches are chained, each drawn given the previous drawn one (docs/method.md): the model
     reads the text once, and each further patch of each draw costs one pass over many starts together.
 
-    With `scored` a chain is grown only as long as it can matter to a Brier score, which asks whether a draw equals the
-    target and whether two draws are equal: once a chain has parted from the target and from all other draws of its
-    start, or the next order is not valid there, its further tokens are 0. Every term keeps its law.
+    With `scored` a chain, or a patch where the model can leave off inside one, is grown only as long as it can matter to
+    a Brier score, which asks whether a draw equals the target and whether two draws are equal: once a chain has parted from
+    the target and from all other draws of its start, or the next order is not valid there, its further tokens are 0. Every
+    term keeps its law.
 
     Args: ids (B, T) int64, T a multiple of `stride`; first: the first start, default `stride` (the second patch).
     Returns (S, B, Q, order) int64. Raises ConfigError when the stride does not fit the model or the text.
@@ -75,17 +79,20 @@ def draw_ngrams(
             raise ConfigError(f"{name} must be a positive multiple of the stride {stride}; got {value} tokens")
     ids_BPK = ids_BT.unflatten(1, (T // K, K))
     at_Q = torch.arange(first, T + 1, stride, device=ids_BT.device) // K - 1
-    if order <= K:
-        return model.draw_tokens(model.states(ids_BPK)[:, at_Q], draws, generator)[..., :order]
-    state_BPD, trunk = model.trunk(ids_BPK)
-
-    def grow(patch_BNK: Tensor, grown: Trunk, at_N: Tensor) -> tuple[Link, Trunk]:
-        state_BND, grown = model.branch(patch_BNK, grown, at_N)
-        return (model.draw_tokens(state_BND, 1, generator)[0],), grown
-
-    heads = (model.draw_tokens(state_BPD[:, at_Q], draws, generator),)
     if scored is not None:
         scored = Scored(*(part.to(ids_BT.device) for part in scored))
+    if order <= K:
+        state_BQD = model.states(ids_BPK)[:, at_Q]
+        if scored is not None and isinstance(model, DrawsWanted):
+            return model.draw_wanted(state_BQD, draws, generator, scored.matters)[..., :order]
+        return model.draw_tokens(state_BQD, draws, generator)[..., :order]
+    state_BPD, trunk = model.trunk(ids_BPK)
+
+    def grow(patch_BUK: Tensor, grown: Trunk, at_U: Tensor, of_N: Tensor) -> tuple[Link, Trunk]:
+        state_BUD, grown = model.branch(patch_BUK, grown, at_U)
+        return (model.draw_tokens(state_BUD[:, of_N], 1, generator)[0],), grown
+
+    heads = (model.draw_tokens(state_BPD[:, at_Q], draws, generator),)
     return _chain(heads, trunk, at_Q, order, grow, scored)[0]
 
 
@@ -113,9 +120,9 @@ def tail_terms(
     next_log_BT = _log_of(exact, model.vocab_size, state_BTD[:, begin - 1 :], ids_BT[:, begin:])
     target_log_BQn = next_log_BT[:, (start_Q - begin)[:, None] + torch.arange(order, device=ids_BT.device)]
 
-    def grow(token_BN1: Tensor, grown: Trunk, at_N: Tensor) -> tuple[Link, Trunk]:
-        state_BND, grown = model.branch(token_BN1, grown, at_N)
-        return tuple(part[0] for part in _draw(exact, model.vocab_size, state_BND, 1, generator)), grown
+    def grow(token_BU1: Tensor, grown: Trunk, at_U: Tensor, of_N: Tensor) -> tuple[Link, Trunk]:
+        state_BUD, grown = model.branch(token_BU1, grown, at_U)
+        return tuple(part[0] for part in _draw(exact, model.vocab_size, state_BUD[:, of_N], 1, generator)), grown
 
     heads = _draw(exact, model.vocab_size, state_BTD[:, start_Q - 1], draws, generator)
     _, drawn_log_SBQn, collision_SBQn = _chain(heads, trunk, start_Q - 1, order, grow)
@@ -146,14 +153,15 @@ def _chain(
     trunk: Trunk,
     at_Q: Tensor,
     order: int,
-    grow: Callable[[Tensor, Trunk, Tensor], tuple[Link, Trunk]],
+    grow: Callable[[Tensor, Trunk, Tensor, Tensor], tuple[Link, Trunk]],
     scored: Scored | None = None,
 ) -> Link:
     """Chains of the first links (S, B, Q, F), grown until their patches hold `order` tokens: each part (S, B, Q, order).
 
-    grow: patches (1, N, K), what they are appended to, and the trunk position of each -> the next link, and the same
-    with them. Chains are grown row by row, those of neighbouring starts together, in groups that fit in memory. A start's
-    chains stay in one group: with `scored` those that parted are dropped on the way, and stay 0.
+    grow: patches (1, U, K), what they are appended to, the trunk position of each, and to which of them each chain belongs,
+    (N,) -> the next link of the chains, and the same with the patches. Chains that are equal so far are read as one. Chains
+    are grown row by row, those of neighbouring starts together, in groups that fit in memory. A start's chains stay in one
+    group: with `scored` those that parted are dropped on the way, and stay 0.
     """
     S, B, Q, K = heads_SBQF[0].shape
     whole = tuple(head.new_zeros(S, B, Q, order) for head in heads_SBQF)
@@ -164,14 +172,20 @@ def _chain(
     for row in range(B if order > K else 0):
         draw_N, start_N = every_N % S, every_N // S
         if scored is not None:
-            kept = scored.matters(row, start_N, whole[0][draw_N, row, start_N, :K])
+            kept = scored.matters(row * Q + start_N, whole[0][draw_N, row, start_N, :K])
             draw_N, start_N = draw_N[kept], start_N[kept]
         for group in _groups(start_N, room):
             draw_G, start_G, length = draw_N[group], start_N[group], K
             grown = trunk.before(row, int(at_Q[start_G[-1]]) + 1)
+            stem_G = start_G  # what the last patch of a chain stands on: its start, then the branch before
             while len(draw_G):
-                patch_1GK = whole[0][draw_G, row, start_G, length - K : length][None]
-                link, grown = grow(patch_1GK, grown, at_Q[start_G])
+                patch_GK = whole[0][draw_G, row, start_G, length - K : length]
+                stem_UK, of_G = torch.cat((stem_G[:, None], patch_GK), dim=1).unique(dim=0, return_inverse=True)
+                at_U = at_Q[start_G.new_empty(len(stem_UK)).scatter_(0, of_G, start_G)]
+                if length > K:
+                    grown = grown.only(stem_UK[:, 0])
+                link, grown = grow(stem_UK[None, :, 1:], grown, at_U, of_G)
+                stem_G = of_G
                 end = min(length + K, order)
                 for part, new in zip(whole, link, strict=True):
                     part[draw_G, row, start_G, length:end] = new[0, :, : end - length]
@@ -179,8 +193,8 @@ def _chain(
                 if length == order:
                     break
                 if scored is not None:
-                    kept = scored.matters(row, start_G, whole[0][draw_G, row, start_G, :length])
-                    draw_G, start_G, grown = draw_G[kept], start_G[kept], grown.only(kept)
+                    kept = scored.matters(row * Q + start_G, whole[0][draw_G, row, start_G, :length])
+                    draw_G, start_G, stem_G = draw_G[kept], start_G[kept], stem_G[kept]
     return whole
 
 

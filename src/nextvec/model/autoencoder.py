@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nextvec.config import AutoencoderConfig
 from nextvec.model.cross_entropy import CHUNK_ELEMENTS, linear_cross_entropy
+from nextvec.model.interface import Wanted, counted_from
 from nextvec.model.layers import PatchAttention, ResidualMLP, RMSNorm
 from nextvec.model.packed import version
 from nextvec.model.posterior import COLLAPSED
@@ -113,6 +114,30 @@ class Autoencoder(nn.Module):
         for block in self.token_decoder:
             x = block(x)
         return self.vocabulary().argmax(self.decoder_norm(x))
+
+    def decode_wanted(self, z_SML: Tensor, wanted: Wanted) -> Tensor:
+        """`decode_tokens` of S latents of M states, (S, M, K), place after place for those that are `wanted`; of others 0."""
+        states, rows = z_SML.shape[1], max(1, 4 * CHUNK_ELEMENTS // (self.config.patch_size * self.config.inner))
+        step = max(1, rows // len(z_SML))
+        parts = [
+            self._decode_wanted(z_SML[:, first : first + step], counted_from(first, wanted))
+            for first in range(0, states, step)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _decode_wanted(self, z_SML: Tensor, wanted: Wanted) -> Tensor:
+        draws, states = z_SML.shape[:2]
+        state_R = torch.arange(states, device=z_SML.device).repeat_interleave(draws)
+        stem_RD = self.decode_stem(z_SML.transpose(0, 1).flatten(0, 1))
+        alive = torch.arange(len(state_R), device=z_SML.device)
+        token_RK = torch.zeros(len(state_R), self.config.patch_size, dtype=torch.int64, device=z_SML.device)
+        for place in range(self.config.patch_size):
+            token_RK[alive, place] = self.decode_place(stem_RD[alive], place)
+            if place < self.config.patch_size - 1:
+                alive = alive[wanted(state_R[alive], token_RK[alive, : place + 1])]
+            if not len(alive):
+                break
+        return token_RK.view(states, draws, -1).transpose(0, 1)
 
     def _spread(self, stem_ND: Tensor) -> Tensor:
         """`decode_hidden(z)`, (..., K, D), from `decode_stem(z)`."""

@@ -25,6 +25,7 @@ from nextvec.model.heads import build_head
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Head, Metrics, ReadsContext, Sharpen
 from nextvec.model.heads.recalling import Recalls
+from nextvec.model.interface import DrawsWanted, Wanted
 from nextvec.model.text_states import States, TextStates
 
 if TYPE_CHECKING:
@@ -187,6 +188,16 @@ class Calm(nn.Module):
         if not self.has_latents:
             return self.head.draw(state_ND, draws, generator)
         return self.autoencoder.decode_tokens(self.draw_latents(state_ND, draws, generator))
+
+    def draw_wanted(self, state_ND: States, draws: int, generator: torch.Generator | None, wanted: Wanted) -> Tensor:
+        """What `draw_tokens` draws, as far as it is wanted; see `DrawsWanted`."""
+        if isinstance(self.head, DrawsWanted):
+            return self.head.draw_wanted(state_ND, draws, generator, wanted)
+        if not self.has_latents:
+            return self.draw_tokens(state_ND, draws, generator)
+        latent_SNL = self.draw_latents(state_ND, draws, generator)
+        patch_SMK = self.autoencoder.decode_wanted(latent_SNL.flatten(1, -2), wanted)
+        return patch_SMK.unflatten(1, state_ND.shape[:-1])
 
     @property
     def by_token(self) -> bool:

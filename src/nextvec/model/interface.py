@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,14 @@ from torch import Tensor
 from nextvec.model.backbone import Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.text_states import States
+
+# Of draws by their states, indices (R,) in ascending order, and their tokens so far (R, L): which go on, (R,) bool.
+Wanted = Callable[[Tensor, Tensor], Tensor]
+
+
+def counted_from(first: int, wanted: Wanted) -> Wanted:
+    """`wanted`, to be asked about states that are counted from `first` on."""
+    return lambda state_R, tokens_RL: wanted(state_R + first, tokens_RL)
 
 
 class LanguageModel(Protocol):
@@ -51,4 +60,16 @@ class TokenProbabilities(Protocol):
 
     def log_probabilities(self, state_ND: Tensor) -> Tensor:
         """log P(next token) in nats, (..., V), for states (..., D)."""
+        ...
+
+
+@runtime_checkable
+class DrawsWanted(Protocol):
+    """A model that can leave off drawing, or decoding, what nobody wants to know."""
+
+    def draw_wanted(self, state_ND: States, draws: int, generator: torch.Generator | None, wanted: Wanted) -> Tensor:
+        """What `draw_tokens` draws with the same generator, up to rounding; 0 behind the places where a draw was wanted.
+
+        `wanted` is asked after each place but the last, and given indices among the states, flattened.
+        """
         ...

@@ -49,6 +49,10 @@ class CodeBook:
 
         return self._codes.of((autoencoder.embedding.weight, autoencoder.to_latent.weight), make)
 
+    def decode_codes(self, latent_ME: Tensor) -> Tensor:
+        """Most likely tokens (M,) of the latents of single tokens (M, E)."""
+        return _decode(self._autoencoder[0], latent_ME)
+
     def at_means(self, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Of codes (..., K): the latents of their means, (..., L), and what these decode to, (..., K)."""
         (autoencoder,) = self._autoencoder
@@ -57,6 +61,15 @@ class CodeBook:
         made_of = [autoencoder.embedding.weight, *(part.weight for part in parts)]
         decoded = self._decoded.of(made_of, lambda: _Decoded(autoencoder, mean_VE))
         return mean_VE[ids_NK].flatten(-2), decoded(ids_NK)
+
+
+@torch.no_grad()
+def _decode(autoencoder: Autoencoder, latent_ME: Tensor) -> Tensor:
+    """Tokens (M,) of the latents of single tokens (M, E), side by side in patches, the last filled up."""
+    size = autoencoder.config.patch_size
+    patches = F.pad(latent_ME, (0, 0, 0, -len(latent_ME) % size)).view(-1, size * latent_ME.shape[1])
+    with torch.autocast(latent_ME.device.type, enabled=False):
+        return autoencoder.decode_tokens(patches).flatten()[: len(latent_ME)]
 
 
 class _Decoded:
@@ -73,7 +86,7 @@ class _Decoded:
         self._token = torch.full_like(mean_VE[:, 0], -1, dtype=torch.int64)
         self._lazy = mean_VE.device.type == "cpu"
         if not self._lazy:
-            self._token = self._decode(mean_VE)
+            self._token = _decode(autoencoder, mean_VE)
 
     def __call__(self, ids_NK: Tensor) -> Tensor:
         token_NK = self._token[ids_NK]
@@ -83,13 +96,5 @@ class _Decoded:
             mean = self._mean[start : start + self._together]
             ids = torch.arange(start, start + len(mean))
             # not in place: it may be an inference tensor
-            self._token = self._token.index_copy(0, ids, self._decode(mean))
+            self._token = self._token.index_copy(0, ids, _decode(self._autoencoder, mean))
         return self._token[ids_NK]
-
-    @torch.no_grad()
-    def _decode(self, mean_ME: Tensor) -> Tensor:
-        """Of M codes side by side in patches, the last filled up."""
-        size = self._autoencoder.config.patch_size
-        patches = F.pad(mean_ME, (0, 0, 0, -len(mean_ME) % size)).view(-1, size * mean_ME.shape[1])
-        with torch.autocast(mean_ME.device.type, enabled=False):
-            return self._autoencoder.decode_tokens(patches).flatten()[: len(mean_ME)]

@@ -20,6 +20,8 @@ from nextvec.model.grams import Grams, with_grams
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Metrics, Sharpen, noise, wide
 from nextvec.model.heads.recalling import Asking, Recalls, and_then
+from nextvec.model.heads.wanted import walk
+from nextvec.model.interface import Wanted, counted_from
 from nextvec.model.layers import ResidualMLP, RMSNorm, SwiGLU, normed_rows
 from nextvec.model.packed import Kept, product_with
 from nextvec.model.recall import Recall, Tokens, queries
@@ -102,10 +104,24 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
     def draw(self, state_ND: States, draws: int, generator: Generators | None, *, given: Sequence[int] = ()) -> Tensor:
         """S independent draws, (S, ..., L), for states (..., D); see `Head`. The first place is read once for all draws."""
         ids = self.pick(state_ND, draws, generator, given=given).view(draws, -1, self.patch_size)
-        size = self.patch_size * self.codes().mean.shape[1]
-        eps = noise("normal", vector_of(state_ND), draws, size, generator, wide(self.output.weight.dtype))
-        z = self._latents(ids, eps.view(draws, -1, size))
+        z = self._latents(ids, self._noise(vector_of(state_ND), draws, generator))
         return z.view(draws, *state_ND.shape[:-1], -1).to(self.output.weight.dtype)
+
+    @torch.no_grad()
+    def draw_wanted(self, state_ND: States, draws: int, generator: Generators | None, wanted: Wanted) -> Tensor:
+        """Decoded patches (S, ..., K) of what `draw` with the same generator draws; see `wanted.walk`.
+
+        `wanted` is given indices among all states.
+        """
+        vector_ND = vector_of(state_ND)
+        vector_MX = vector_ND.reshape(-1, vector_ND.shape[-1]).to(self.output.weight.dtype)
+        share = self._shares(vector_ND, draws, generator)
+        eps = self._noise(vector_ND, draws, generator).unflatten(-1, (self.patch_size, -1))
+        drawn = []
+        for states, asking in self.askings(state_ND):
+            of_these = counted_from(states.start or 0, wanted)
+            drawn.append(walk(self, vector_MX[states], asking, share[:, states], eps[:, states], of_these))
+        return torch.cat(drawn, dim=1).view(draws, *vector_ND.shape[:-1], self.patch_size)
 
     @torch.no_grad()
     def pick(
@@ -120,9 +136,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         """The Gaussians of S draws, (S, ..., K) int64, each picked by what `sharpen` makes of its law; see `Head`."""
         vector_ND = vector_of(state_ND)
         vector_MX = vector_ND.reshape(-1, vector_ND.shape[-1]).to(self.output.weight.dtype)
-        dtype = wide(vector_MX.dtype)
-        share = noise("uniform", vector_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
-        share = share * (1 - torch.finfo(dtype).eps)  # none may round up to the whole law, behind its last token
+        share = self._shares(vector_ND, draws, generator)
         chosen = [
             self._chosen(vector_MX[states], asking, share[:, states], sharpen and sharpen.of(states), given)
             for states, asking in self.askings(state_ND)
@@ -130,12 +144,24 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         ids = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
         return ids.view(draws, *vector_ND.shape[:-1], self.patch_size)
 
+    def _shares(self, vector_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
+        """Of a law, what stands before the token picked: (S, M, K), in [0, 1)."""
+        dtype = wide(self.output.weight.dtype)
+        share = noise("uniform", vector_ND, draws, self.patch_size, generator, dtype).view(draws, -1, self.patch_size)
+        return share * (1 - torch.finfo(dtype).eps)  # none may round up to the whole law, behind its last token
+
+    def _noise(self, vector_ND: Tensor, draws: int, generator: Generators | None) -> Tensor:
+        """What the Gaussians add to their means, in units of their widths: (S, M, L)."""
+        size = self.patch_size * self.codes().mean.shape[1]
+        dtype = wide(self.output.weight.dtype)
+        return noise("normal", vector_ND, draws, size, generator, dtype).view(draws, -1, size)
+
     def _chosen(
         self, state_MX: Tensor, asking: Asking | None, share: Tensor, sharpen: Sharpen | None, given: Sequence[int]
     ) -> Tensor:
         """Tokens (S, M, K) picked by the shares (S, M, K), place after place."""
         draws, states, _ = share.shape
-        line_SMKC = self._line(state_MX, asking)[None]  # S is 1 until draws differ
+        line_SMKC = self.line(state_MX, asking)[None]  # S is 1 until draws differ
         last_SM3 = None if asking is None else asking.tail[None]
         chosen: list[Tensor] = []
         for place in range(self.patch_size):
@@ -144,21 +170,21 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
             else:
                 hidden_SMD = self._hidden(self._looked_up(line_SMKC.select(2, 0), asking, last_SM3))
                 if len(hidden_SMD) == 1:
-                    ids_SM = self._picked(hidden_SMD[0], share[..., place].T, sharpen).T
+                    ids_SM = self.picked(hidden_SMD[0], share[..., place].T, sharpen).T
                 else:
-                    ids_SM = self._picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
+                    ids_SM = self.picked(hidden_SMD.flatten(0, 1), share[..., place].reshape(-1, 1), sharpen)
                     ids_SM = ids_SM.view(draws, states)
                 if sharpen is not None:
                     sharpen.took(ids_SM.flatten())
             chosen.append(ids_SM.expand(draws, -1))
             left = self.patch_size - place - 1
             if left:
-                line_SMKC = line_SMKC.narrow(2, 1, left) + self._tells(ids_SM).narrow(2, 0, left)
+                line_SMKC = line_SMKC.narrow(2, 1, left) + self.tells(ids_SM).narrow(2, 0, left)
                 if self.grams is not None and last_SM3 is not None:
                     last_SM3 = and_then(last_SM3, ids_SM)
         return torch.stack(chosen, dim=-1)
 
-    def _line(self, state_MX: Tensor, asking: Asking | None) -> Tensor:
+    def line(self, state_MX: Tensor, asking: Asking | None) -> Tensor:
         """What the places of a patch read of the text before it, (M, K, C): numbers for the blocks, and a query to recall."""
         state_MD, before_MWD = self._split(state_MX)
         x_MKD = self._slots(state_MD) + self._windows(F.pad(before_MWD, (0, 0, 0, self.patch_size - 1)))
@@ -168,7 +194,7 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         query = torch.stack((first, second)[: self.patch_size], dim=1)
         return torch.cat((x_MKD, F.pad(query, (0, 0, 0, self.patch_size - query.shape[1]))), dim=-1)
 
-    def _tells(self, ids_N: Tensor) -> Tensor:
+    def tells(self, ids_N: Tensor) -> Tensor:
         """What tokens add to the W places after them, (..., W, C); by a table of the vocabulary where that is not large."""
         recall = None if self.recall is None else self.recall.query.weight
         made_of = [self.embedding.weight, self.embedding_norm.weight, self.before.weight]
@@ -197,6 +223,13 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         x_SMD, query_SMC = line_SMC.tensor_split((self.width,), dim=-1)
         answers_SMD = self.answers_to(asking, query_SMC.transpose(0, 1)).transpose(0, 1)
         return with_grams(self.grams, x_SMD + answers_SMD, last_SM3)
+
+    def read_line(self, line_GC: Tensor, asking: Asking | None, state_G: Tensor, last_G3: Tensor | None) -> Tensor:
+        """What `output` is multiplied with at one place of draws of these states, in ascending order, (G, D)."""
+        if asking is None or last_G3 is None:
+            return self._hidden(line_GC)
+        x_GD, query_GC = line_GC.tensor_split((self.width,), dim=-1)
+        return self._hidden(with_grams(self.grams, x_GD + self.answers_of(asking, state_G, query_GC), last_G3))
 
     def latents_of(self, ids_NK: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
         """S latents of given patches (..., K), each place from its token's Gaussian: (S, ..., L)."""
@@ -249,12 +282,12 @@ class MixtureHead(CodeBook, Recalls, nn.Module):
         logits = self.output(hidden.to(self.output.weight.dtype))
         return logits.to(wide(logits.dtype))
 
-    def _picked(self, hidden_RD: Tensor, share_Rn: Tensor, sharpen: Sharpen | None) -> Tensor:
+    def picked(self, hidden_RD: Tensor, share_Rn: Tensor, sharpen: Sharpen | None = None) -> Tensor:
         """Tokens (R, n) at which the cumulated law of each row passes these shares of it; for a chunk of rows at a time."""
         rows = max(1, CHUNK_ELEMENTS // self.output.out_features)
         if len(hidden_RD) > rows:
             chunks = [slice(start, start + rows) for start in range(0, len(hidden_RD), rows)]
-            return torch.cat([self._picked(hidden_RD[c], share_Rn[c], sharpen and sharpen.of(c)) for c in chunks])
+            return torch.cat([self.picked(hidden_RD[c], share_Rn[c], sharpen and sharpen.of(c)) for c in chunks])
         logits = self._logits(hidden_RD)
         below = (logits if sharpen is None else sharpen(logits)).softmax(-1).cumsum(-1)
         return torch.searchsorted(below, (share_Rn * below[:, -1:]).contiguous(), right=True)

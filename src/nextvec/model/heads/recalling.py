@@ -66,6 +66,20 @@ class Recalls:
         found_RND = self.recall.ask(asking.memory, query_RNC, asking.seen, asking.apart, asking.all_seen)
         return found_RND.view(*query_MSC.shape[:2], -1)
 
+    def answers_of(self, asking: Asking, state_G: Tensor, query_GC: Tensor) -> Tensor:
+        """What is found by queries (G, C) of these states, in ascending order, as many of each as there are: (G, D)."""
+        assert self.recall is not None
+        texts, states = asking.seen.shape
+        text_G = state_G // states
+        count_R = text_G.bincount(minlength=texts)
+        place_G = torch.arange(len(state_G), device=state_G.device) - (count_R.cumsum(0) - count_R)[text_G]
+        query_RNC = query_GC.new_zeros(texts, int(count_R.max()), query_GC.shape[-1])
+        query_RNC[text_G, place_G] = query_GC
+        seen_RN = asking.seen.new_ones(query_RNC.shape[:2])  # of places that are filled up: one token
+        seen_RN[text_G, place_G] = asking.seen.flatten()[state_G]
+        found_RND = self.recall.ask(asking.memory, query_RNC, seen_RN, asking.apart, asking.all_seen)
+        return found_RND[text_G, place_G]
+
     def answers_along(self, state_ND: States, ids_MK: Tensor) -> Tensor | None:
         """What every place of whole patches finds, (M, K, D); None where nothing is looked up."""
         found = []
