@@ -176,7 +176,9 @@ def draw_figure(points: Points, path: Path) -> None:
         axes.set_ylabel("accuracy: chance of the true text", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        axes.set_xlim(0, 0.7)  # all noise taken away: one patch alone, at collision 1
+        # without those of scaled noise: all of it taken away is one patch alone, at collision 1
+        reached = [p[f"{unit}_collision"] for p in points if p["method"] in looks and p["method"] != "noise"]
+        axes.set_xlim(0.9 * min(reached), 1.1 * max(reached))
     lines, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, names, fontsize=7, loc="outside lower center", ncols=4)
     with atomic_path(path) as temporary:
