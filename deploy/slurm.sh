@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains on any number of nodes, one torchrun per node:   sbatch --nodes 4 deploy/slurm.sh lm --data D --autoencoder A --out RUN
+# Trains on any number of nodes, one torchrun per node:   sbatch --nodes 4 deploy/slurm.sh lm --data D --autoencoder A --out RUN data.rows=32
+# (4 nodes of 8 GPUs are 32 processes, which share the train.accumulate x data.rows windows of a step equally.)
 # Everything after the script goes to `nextvec train`. RUN, the shards and the autoencoder lie on a file system that all
 # nodes share. At the end of its time, or preempted, the job saves and goes back into the queue, from where it goes on.
 #SBATCH --job-name=nextvec

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nextvec.errors import ConfigError, DataError
+from nextvec.lock import RUN_LOCK, run_lock
 from nextvec.text import cluster
 from nextvec.text.cluster import prepare_by_tasks
 from nextvec.text.prepare import prepare
@@ -203,3 +204,27 @@ def test_without_the_extra(tmp_path: Path, texts: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "datatrove.executor.local", None)
     with pytest.raises(ConfigError, match=r"pip install 'nextvec\[datatrove\]'"):
         prepare_by_tasks("local", [str(texts)], TOKENIZER, tmp_path / "out")
+
+
+def test_a_second_preparation_of_one_folder_is_refused(tmp_path: Path, texts: Path) -> None:
+    out = tmp_path / "out"
+    with run_lock(out):
+        with pytest.raises(ConfigError, match="is being written by process"):
+            prepare_by_tasks("local", [str(texts)], TOKENIZER, out, tasks=1, workers=1, **SETTINGS)
+        assert [path.name for path in out.iterdir()] == [RUN_LOCK]
+
+
+def test_what_datatrove_says_is_in_a_file(tmp_path: Path, texts: Path) -> None:
+    out = tmp_path / "out"
+    words = ["prepare", str(texts), "--tokenizer", "bytes", "--out", str(out), "--skip-bad", "--executor", "local"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from nextvec.cli import main; main()", *words, "--tasks", "2", "--workers", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (
+        0,
+        f"nextvec: what the tasks of datatrove say goes to {out / 'executor'}\n",
+    )
+    assert "Launching pipeline" in (out / "executor" / cluster.LOG).read_text()

@@ -510,6 +510,20 @@ def test_flops_of_a_preset(monkeypatch, capsys):
     assert "75,831,552 parameters; operations per token of text\n" in out
 
 
+def test_flops_at_a_rate_given_or_measured_here(monkeypatch, capsys):
+    flops = calm_cost(preset("calm-m")).training_split.total * 1e9
+    words = ["calm-m", "--tokens", "1e9"]
+    (row,) = json.loads(run(monkeypatch, capsys, *words, "--rate", "2e12", "--json")[1])
+    assert (row["rate"], row["train_seconds"]) == (2e12, flops / 2e12)
+    monkeypatch.setattr("nextvec.hardware.matmul_rates", lambda device: {"fp32": 1e12, "bf16": 4e12})
+    monkeypatch.setattr("nextvec.hardware.choose_device", lambda name: torch.device("cpu"))
+    (row,) = json.loads(run(monkeypatch, capsys, *words, "--measure", "--json")[1])
+    assert (row["rate"], row["train_seconds"]) == (4e12, flops / 4e12)
+    text = run(monkeypatch, capsys, *words, "--measure")[1]
+    hours = flops / 4e12 / 3600
+    assert f"at 4e+12 operations a second, as measured here (bf16, one cpu): at least {hours / 24:.3g} days" in text
+
+
 CONFIG = """
 kind: calm
 model:
@@ -549,6 +563,9 @@ def test_flops_of_a_settings_file_and_a_run_are_counted_with_its_own_settings(tm
         ([], "either a preset, settings file or run directory, or --table1 alone"),
         (["calm-m", "--table1"], "either a preset, settings file or run directory, or --table1 alone"),
         (["--table1", "--draws", "4"], "--table1 has the paper's settings; leave out --draws"),
+        (["--table1", "--rate", "4"], "--rate is for one model; leave it out of --table1"),
+        (["--table1", "--measure"], "--measure is for one model; leave it out of --table1"),
+        (["calm-m", "--rate", "4", "--measure"], "give either --rate, as measured elsewhere, or --measure"),
         (["calm-mm"], "calm-mm is no preset, settings file or run directory; presets are transformer-s"),
         (["no/such.yaml"], "no/such.yaml is no preset, settings file or run directory\n"),
         (["calm-m", "--solver", "heun"], "the energy head draws without a solver: leave out solver and steps"),

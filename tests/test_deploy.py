@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 from typer.main import get_command
 
 from nextvec.cli import app, commands  # noqa: F401  (registers the verbs)
-from test_readme import ROOT
+from nextvec.config import DataSettings, TrainSettings, apply_overrides
+from nextvec.configs.read import is_settings, read_settings
+from nextvec.errors import ConfigError
+from nextvec.train.world import World
+from test_readme import ROOT, SHELLS, blocks, documents
 
 DEPLOY = ROOT / "deploy"
 
@@ -74,3 +81,46 @@ def test_dockerfile_copies_files_that_exist() -> None:
             *sources, _ = shlex.split(line)[1:]
             assert all((ROOT / source).exists() for source in sources), line
     assert [line for line in lines if line.startswith("ENTRYPOINT")] == ['ENTRYPOINT ["nextvec"]']
+
+
+def commands_of_several() -> Iterator[tuple[int, list[str]]]:
+    """Processes and words of every command in the documents and templates that starts more than one process."""
+    lines = [
+        line
+        for path in documents()
+        for block in blocks(path.read_text(encoding="utf-8"), path.name)
+        if block.language in SHELLS
+        for line in block.shell().replace("\\\n", " ").splitlines()
+    ]
+    (script,) = yaml.safe_load((DEPLOY / "kubernetes.yaml").read_text())["spec"]["template"]["spec"]["containers"][0][
+        "args"
+    ]
+    lines += script.replace("\\\n", " ").splitlines()
+    for line in lines:
+        found = re.search(r"(?:--nproc-per-node|--num_processes)[ =](\d+).*? nextvec (train .*)", line)
+        if found:
+            yield int(found[1]), shlex.split(found[2], comments=True)
+    slurm = (DEPLOY / "slurm.sh").read_text()
+    (gpus,) = re.findall(r"#SBATCH --gpus-per-node=(\d+)", slurm)
+    for nodes, words in re.findall(r"sbatch --nodes (\d+) deploy/slurm.sh (.*)", slurm):
+        yield int(nodes) * int(gpus), ["train", *words.split()]
+
+
+def shared(processes: int, words: list[str]) -> None:
+    """Raises ConfigError when a step of this command cannot be shared by so many processes."""
+    name = words[words.index("--config") + 1] if "--config" in words else ""
+    settings = read_settings(name) if name and is_settings(name) else {}
+    settings = apply_overrides(settings, [word for word in words if re.match(r"(data|train)\.\w+=", word)])
+    data = DataSettings.parse({"path": "shards", **settings.get("data", {})}, "data")
+    train = TrainSettings.parse(settings.get("train", {}), "train")
+    World(0, processes).part(train.accumulate, data.rows)
+
+
+def test_steps_of_documented_commands_can_be_shared_by_their_processes() -> None:
+    found = list(commands_of_several())
+    assert sorted(processes for processes, _ in found) == [8, 8, 8, 8, 32]
+    for processes, words in found:
+        shared(processes, words)
+    with pytest.raises(ConfigError, match="8 processes cannot share equally"):
+        shared(8, ["train", "lm", "train.steps=5"])  # which is what they said once
+    shared(16, ["train", "lm", "--config", "paper/calm-m"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nextvec.text.batches import Batches
 from nextvec.train import checkpoint
@@ -98,3 +98,79 @@ def test_a_run_begun_from_another_needs_that_one_only_until_its_first_checkpoint
     shutil.rmtree(run / "checkpoints")
     (run / "model.safetensors").unlink()
     assert "is not a run directory" in refused(monkeypatch, capsys, *go_on(run))
+
+
+def test_the_copy_goes_on_where_the_run_that_is_named_again_has_gone(
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As torchrun, Slurm and Kubernetes give the same command again."""
+    autoencoder, run = tmp_path / "ae", tmp_path / "run"
+    shutil.copytree(work / "ae", autoencoder)
+    words = [str(autoencoder) if word == str(work / "ae") else word for word in arguments(work, "lm", run)]
+    interrupted(words, after=27)
+    shutil.rmtree(autoencoder)
+    capsys.readouterr()
+    assert command(monkeypatch, *words, "--resume") == 0
+    assert f"{autoencoder} is gone: going on with the autoencoder kept in {run}" in capsys.readouterr().err
+    fresh = [str(tmp_path / "fresh") if word == str(run) else word for word in words]
+    assert f"{autoencoder} is not a run directory" in refused(monkeypatch, capsys, *fresh)
+
+
+def test_it_goes_on_by_itself_when_the_autoencoder_was_trained_anew(
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    autoencoder, run = tmp_path / "ae", tmp_path / "run"
+    shutil.copytree(work / "ae", autoencoder)
+    words = [str(autoencoder) if word == str(work / "ae") else word for word in arguments(work, "lm", run)]
+    interrupted(words, after=27)
+    own = load_file(autoencoder / "model.safetensors")
+    save_file({name: value + 1 for name, value in own.items()}, autoencoder / "model.safetensors")
+    (autoencoder / "model.sha256").unlink()
+    assert "its weights differ now; give it with" in refused(monkeypatch, capsys, *words, "--resume")
+    assert command(monkeypatch, *go_on(run)) == 0
+    model = load_file(run / "model.safetensors")
+    assert all(torch.equal(model[f"autoencoder.{name}"], value) for name, value in own.items())
+
+
+def test_a_run_that_began_from_another_goes_on_by_the_same_command_when_that_has_gone(
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, run = tmp_path / "start", tmp_path / "run"
+    assert command(monkeypatch, *arguments(work, "baseline", start, "train.steps=2")) == 0
+    (tmp_path / "more.yaml").write_text("train: {steps: 4}\n")
+    begin = ["train", "baseline", "--config", str(tmp_path / "more.yaml"), "--data", str(work / "shards")]
+    begin += ["--from", str(start), "--out", str(run), "--device", "cpu"]
+    interrupted(begin, after=5)
+    start.rename(tmp_path / "elsewhere")
+    assert command(monkeypatch, *begin, "--resume") == 0
+    assert read_metrics(run)[-1]["step"] == 4
+
+
+def test_weights_that_are_lost_are_written_again_with_the_autoencoder_given(
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    assert command(monkeypatch, *arguments(work, "lm", run, "train.steps=2")) == 0
+    weights = run / "model.safetensors"
+    whole = weights.read_bytes()
+    give = "give the autoencoder that the run began with, --autoencoder RUN"
+    weights.write_bytes(whole[: len(whole) // 2])
+    line = refused(monkeypatch, capsys, *go_on(run))
+    assert f"{weights} is damaged" in line
+    assert line.endswith(f"and frozen.safetensors went when that was written: {give}")
+    weights.unlink()
+    line = refused(monkeypatch, capsys, *go_on(run))
+    assert line.endswith(f"{run} has neither model.safetensors nor frozen.safetensors any more: {give}")
+    assert command(monkeypatch, *go_on(run, "--autoencoder", str(work / "ae"))) == 0
+    assert weights.read_bytes() == whole

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nextvec.errors import ConfigError
-from nextvec.train.metrics import MetricsLog, check_tensorboard, read_metrics
+from nextvec.train.metrics import MetricsLog, _line, check_tensorboard, read_metrics
 
 
 def row(step: int, kind: str = "train", **more: Any) -> dict[str, Any]:
@@ -92,3 +92,16 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.5), (2, 0.5)]
+
+
+def test_only_a_line_that_is_no_row_is_left_out(tmp_path: Path) -> None:
+    told: list[str] = []
+    good = [_line(row(step)) for step in range(1, 10)]
+    bad = ["5\n", "[]\n", '{"kind": "train"}\n', '{"kind": "train", "step": "6"}\n', "\n", '{"kind": "train", "st\n']
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join([good[0], *bad, *good[1:]]) + good[0][:9])
+    assert [r["step"] for r in read_metrics(tmp_path, told.append)] == list(range(1, 10))
+    assert told == [f"{path}: damaged and left out: line 2, 3, 4 and 2 more; all other rows are kept"]
+    path.write_text("".join(good) + good[0][:9])  # what a crash leaves behind is nothing to tell
+    assert len(read_metrics(tmp_path, told.append)) == 9
+    assert len(told) == 1

@@ -110,10 +110,13 @@ def test_a_mixture_trains_resumes_and_refuses_what_does_not_fit(
     file.write_text(yaml.safe_dump(settings))
     capsys.readouterr()
     assert run("--config", str(file), "--out", out, "--resume", "optim.schedule=constant", "train.steps=6") == 2
-    assert "holds other tokens now" in capsys.readouterr().err
+    assert "the weights of data.mixture were 3, 1 and are now 2, 1; set them back" in capsys.readouterr().err
 
     prepare([str(corpora / "b.text")], train_tokenizer(["abab"], 260), tmp_path / "b", valid_fraction=0, workers=1)
     mixture[1]["path"] = str(tmp_path / "b")
     file.write_text(yaml.safe_dump(settings))
     assert run("--config", str(file), "--out", str(tmp_path / "other")) == 2
+    first, second = corpora / "a" / "train", tmp_path / "b" / "train"
+    line = f"the tokenizer of {first} does not match the shards in {second}; prepare that text again with --tokenizer {first}"
+    assert line in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

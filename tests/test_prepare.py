@@ -20,6 +20,7 @@ import pytest
 
 from nextvec import cli
 from nextvec.errors import ConfigError, DataError
+from nextvec.lock import RUN_LOCK, run_lock
 from nextvec.text import encoding, writing
 from nextvec.text.prepare import Prepared, prepare
 from nextvec.text.reading import held_out
@@ -391,3 +392,14 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(
 def test_worker_processes_start_without_torch() -> None:
     code = "import sys, nextvec.text.prepare; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_second_preparation_of_one_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    out = tmp_path / "out"
+    with run_lock(out):
+        with pytest.raises(ConfigError, match=rf"{out} is being written by process {os.getpid()} on"):
+            prepare([str(tmp_path / "a.txt")], TOKENIZER, out, valid_fraction=0, workers=1)
+        assert [path.name for path in out.iterdir()] == [RUN_LOCK]
+    assert prepare([str(tmp_path / "a.txt")], TOKENIZER, out, valid_fraction=0, workers=1).documents == 1
+    assert not (out / RUN_LOCK).exists()

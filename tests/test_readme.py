@@ -37,7 +37,7 @@ PLACES = (
     ROOT / "tests",
     ROOT,
 )  # what a path in a document is relative to; bare names: the first two
-WRITTEN = ("model.safetensors", "report.html", "rows.html")  # files that a command writes
+WRITTEN = ("model.safetensors", "model.sha256", "report.html", "rows.html")  # files that a command writes
 
 TRAIN = ["train.steps=3", "train.log_every=1", "data.context_tokens=64", "data.rows=2", "optim.warmup=1"]
 BACKBONE = [f"model.backbone.{name}" for name in ("layers=1", "width=16", "inner=16", "heads=2", "kv_heads=2")]

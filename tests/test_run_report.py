@@ -114,4 +114,10 @@ def test_the_command_writes_the_page_and_prints_a_look(
     assert command(monkeypatch, "report", str(out), str(tmp_path)) == 2
     assert "is a training run: a report is of one run, or of sweeps" in capsys.readouterr().err
     assert command(monkeypatch, "report", str(tmp_path / "nothing")) == 2
-    assert "does not exist: give a folder that `nextvec sweep` wrote" in capsys.readouterr().err
+    assert (
+        "nothing does not exist: give a run directory, or a folder that `nextvec sweep` wrote"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "empty").mkdir()
+    assert command(monkeypatch, "report", str(tmp_path / "empty")) == 2
+    assert "empty is neither a run directory (it has no config.yaml) nor a folder of" in capsys.readouterr().err

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nextvec.rundir import load_run
 from nextvec.text.prepare import prepare
 from nextvec.text.tokenizer import byte_tokenizer, train_tokenizer
 from nextvec.train.metrics import read_metrics
+from nextvec.train.start import load_start
 from test_cli_train import BACKBONE, command, refused
+from test_kept import interrupted
 
 LM = [f"model.backbone.{name}={value}" for name, value in BACKBONE.items()]
 TRAIN = ["train.steps=30", "train.log_every=1", "optim.warmup=3", "data.rows=2", "data.context_tokens=32"]
@@ -77,8 +80,66 @@ def test_what_does_not_fit_is_one_sentence(
         return refused(monkeypatch, capsys, *train(verb, data, tmp_path / "run", *more))
 
     origin = ["--from", str(work / "lm")]
-    assert "does not match the shards in" in line("lm", *origin, data=tmp_path / "other")
+    told = line("lm", *origin, data=tmp_path / "other")
+    assert f"the tokenizer of {work / 'lm'} does not match the shards in {tmp_path / 'other' / 'train'}; " in told
+    assert told.endswith(f"prepare that text again with --tokenizer {work / 'lm'}")
     assert "--from needs a run of the kind 'token_lm'" in line("baseline", *origin)
     assert "leave settings of the model out" in line("lm", *origin, "model.backbone.inner=16")
     assert "give --autoencoder RUN, or --from RUN" in line("lm")
     assert not (tmp_path / "run").exists()
+
+
+def test_it_begins_at_a_checkpoint_or_where_an_unfinished_run_stands(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = ["train.keep_every=2", "train.save_every=2", "train.keep_last=1"]
+    head = ["model.head.noise=4", "model.head.blocks=1", "--autoencoder", str(work / "ae")]
+    old = tmp_path / "old"
+    assert command(monkeypatch, *train("lm", work / "first", old, *TRAIN, *LM, *head, *keep, "train.steps=6")) == 0
+    found = {step: load_start(old / "checkpoints" / f"step-{step:08d}") for step in (2, 4, 6)}
+    whole = load_run(old).model.state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in found[6].model.state_dict().items())
+    two, four = (found[step].model.state_dict() for step in (2, 4))
+    changed = {name for name in two if not torch.equal(two[name], four[name])}
+    assert "backbone.blocks.0.mlp.gate_up.weight" in changed, changed
+    assert not any(name.startswith("autoencoder.") for name in changed)
+
+    def begun(source: Path, out: str, *more: str) -> None:
+        words = train("lm", work / "second", tmp_path / out, "--from", str(source), "train.steps=1", *more)
+        assert command(monkeypatch, *words) == 0
+
+    begun(old / "checkpoints" / "step-00000004", "at-4")
+    assert yaml.safe_load((tmp_path / "at-4" / "config.yaml").read_text())["start"].endswith("step-00000004")
+    shutil.copytree(old, tmp_path / "open")
+    (tmp_path / "open" / "model.safetensors").unlink()  # it stopped at step 6, not finished
+    begun(tmp_path / "open", "again", "--autoencoder", str(work / "ae"))
+    line = refused(
+        monkeypatch, capsys, *train("lm", work / "second", tmp_path / "no", "--from", str(tmp_path / "open"))
+    )
+    assert "give the autoencoder that the run began with, --autoencoder RUN" in line
+    shutil.rmtree(tmp_path / "open" / "checkpoints")
+    line = refused(
+        monkeypatch, capsys, *train("lm", work / "second", tmp_path / "no", "--from", str(tmp_path / "open"))
+    )
+    assert "has neither model.safetensors nor a checkpoint: nothing of it was saved yet" in line
+    module = old / "checkpoints" / "step-00000002" / "module.safetensors"
+    module.write_bytes(module.read_bytes()[:-1])
+    line = refused(monkeypatch, capsys, *train("lm", work / "second", tmp_path / "no", "--from", str(module.parent)))
+    assert f"{module} is damaged" in line
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_interrupted_run_has_all_that_another_one_begins_with(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = ["model.head.noise=4", "model.head.blocks=1", "--autoencoder", str(work / "ae")]
+    interrupted(train("lm", work / "first", tmp_path / "old", *TRAIN, *LM, *head), after=3)
+    again = train("lm", work / "second", tmp_path / "run", "--from", str(tmp_path / "old"), "train.steps=1")
+    assert command(monkeypatch, *again) == 0
+    new, own = (load_file(run / "model.safetensors") for run in (tmp_path / "run", work / "ae"))
+    assert all(torch.equal(new[f"autoencoder.{name}"], value) for name, value in own.items())
+    kept = load_file(tmp_path / "old" / "frozen.safetensors")
+    save_file({name: value + 1 for name, value in kept.items()}, tmp_path / "old" / "frozen.safetensors")
+    line = refused(monkeypatch, capsys, *train("lm", work / "second", tmp_path / "no", "--from", str(tmp_path / "old")))
+    assert "is not the one that" in line
+    assert "was trained with: give that one, --autoencoder RUN" in line

@@ -525,8 +525,11 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
         (["sweep", "draws", "--only", "draws=9"], "--only: unknown row 'draws=9'; did you mean 'draws=8'?"),
         (["sweep", "draws", "--seed", "7"], "--seed 7 is none of the spec's seeds: 0, 1"),
         (["sweep", "draws", "--rate", "5"], "--rate plans, and only --dry-run does that"),
-        (["report", "."], ". is no sweep: it has no sweep.json"),
-        (["report", "nowhere"], "nowhere does not exist: give a folder that `nextvec sweep` wrote"),
+        (
+            ["report", "."],
+            ". is neither a run directory (it has no config.yaml) nor a folder of `nextvec sweep` (no sweep.json)",
+        ),
+        (["report", "nowhere"], "nowhere does not exist: give a run directory, or a folder that `nextvec sweep` wrote"),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +54,8 @@ class Module(nn.Module):
 
 
 class Fake:
+    tokenizer = None
+
     def __init__(self) -> None:
         self.module: Any = Module()
         self.calls = 0
@@ -506,3 +509,37 @@ def test_compile_without_blocks_is_one_line_and_trains_the_same(
     run(tmp_path / "asked", config(compile=True))
     assert capsys.readouterr().err.splitlines() == ["this model offers no blocks to compile; training runs eagerly"]
     assert_same(tmp_path / "eager", tmp_path / "asked", 10)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out, config(steps=4))
+    shutil.rmtree(out / "checkpoints")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ConfigError, match="holds a finished model and no checkpoint to go on from; train into another"):
+        run(out, config(steps=4), resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "model.safetensors").unlink()  # killed before its first checkpoint: nothing is lost by beginning again
+    assert run(out, config(steps=4), resume=True).step == 4
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out, config(steps=4))
+    before = (out / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"has done 4 steps, and train\.steps is now 3: give at least 4"):
+        run(out, config(steps=3), resume=True)
+    assert (out / "config.yaml").read_bytes() == before
+    assert run(out, config(steps=4), resume=True).step == 4
+
+
+def test_a_damaged_line_of_the_metrics_costs_no_other_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    run(out, config(steps=6, log_every=1, eval_every=0))
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join([lines[0], b"\xff" + lines[1], b"5\n", *lines[3:]]))
+    capsys.readouterr()
+    run(out, config(steps=7, log_every=1, eval_every=0), resume=True)
+    told = [line for line in capsys.readouterr().err.splitlines() if "metrics.jsonl" in line]
+    assert told == [f"{out / 'metrics.jsonl'}: damaged and left out: line 2, 3; all other rows are kept"]
+    assert [row["step"] for row in read_metrics(out) if row["kind"] == "train"] == [1, 4, 5, 6, 7]

@@ -294,3 +294,30 @@ def test_looking_loads_nothing_heavy(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_on_a_terminal_too_what_is_no_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nextvec.watch.screen.follow", lambda *given: pytest.fail("it waits for a run"))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, a terminal
+    assert command(monkeypatch, "watch", str(tmp_path / "typo")) == 2
+    assert capsys.readouterr().err == f"nextvec: {tmp_path / 'typo'} does not exist\n"
+    with pytest.raises(pytest.fail.Exception):
+        command(monkeypatch, "watch", str(started(tmp_path / "run")))
+
+
+def test_lines_are_whole_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = started(tmp_path / "run")
+    write(out, rows(12) + [{**row, "tokens_per_s": 100.0} for row in rows(16)[12:]])
+    capsys.readouterr()
+    assert command(monkeypatch, "watch", str(out), "--once") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "anomaly: 100 tokens/s at step 80, 20% of this run's median 500 (then training ended)" in lines
+    assert f"{out}: autoencoder is not being trained; go on with --resume" in lines
+    with run_lock(out):
+        assert command(monkeypatch, "watch", str(out), "--once") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "anomaly: 100 tokens/s at step 80, 20% of this run's median 500" in lines

@@ -14,7 +14,7 @@ from torch import nn
 
 from nextvec.config import CalmConfig, ModelRun, RunConfig, TokenLMConfig, dump_yaml, load_yaml, parse_any_run
 from nextvec.errors import ConfigError, DataError
-from nextvec.files import atomic_open, write_tensors
+from nextvec.files import atomic_open, sha256, write_tensors
 
 if TYPE_CHECKING:
     from nextvec.model.autoencoder import Autoencoder
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Model: TypeAlias = Autoencoder | Calm | TokenLM
 
 CONFIG, WEIGHTS, CARD, TOKENIZER = "config.yaml", "model.safetensors", "README.md", "tokenizer.json"
+SUM = "model.sha256"  # of the weights, as `sha256sum` writes it; a run without one is taken as it is
+_MEND = "restore it, or write it again from the run's newest checkpoint: nextvec train ... --resume"
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -71,14 +73,18 @@ def build_model(config: ModelRun, generator: torch.Generator | None = None) -> M
 
 
 def save_run(path: Path, config: ModelRun, model: nn.Module, tokenizer: Tokenizer, card: str | None = None) -> None:
-    """Write config.yaml, tokenizer.json, the model card and last model.safetensors; each file whole or nothing."""
+    """Write config.yaml, tokenizer.json, the model card, model.safetensors and its sum; each file whole or nothing."""
     describe_run(path, config, tokenizer, card)
-    write_tensors(Path(path) / WEIGHTS, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    weights = Path(path) / WEIGHTS
+    write_tensors(weights, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    with atomic_open(weights.with_name(SUM)) as handle:
+        handle.write(f"{sha256(weights)}  {WEIGHTS}\n")
 
 
 def describe_run(path: Path, config: ModelRun, tokenizer: Tokenizer | None, card: str | None) -> None:
-    """Write all of a run directory but its weights."""
+    """Write all of a run directory but its weights; their sum goes, which new ones would not have."""
     path = Path(path)
+    (path / SUM).unlink(missing_ok=True)
     with atomic_open(path / CONFIG) as handle:
         handle.write(dump_yaml(config))
     if tokenizer is not None:
@@ -139,6 +145,19 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> tu
     return model, run.text_tokenizer
 
 
+def check_sum(run: Path) -> None:
+    """Raises DataError when the weights of `run` are not those that its sum was taken of; without a sum, nothing is said."""
+    try:
+        wanted = (run / SUM).read_text(encoding="utf-8", errors="replace").split()
+    except FileNotFoundError:
+        return
+    if not wanted or sha256(run / WEIGHTS) != wanted[0]:
+        raise DataError(
+            f"{run / WEIGHTS} is damaged: it does not have the SHA-256 in {SUM}; {_MEND} (if you changed it yourself, "
+            f"remove {SUM})"
+        )
+
+
 def _load_weights(model: nn.Module, path: Path, device: str | torch.device, dtype: torch.dtype) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -148,7 +167,7 @@ def _load_weights(model: nn.Module, path: Path, device: str | torch.device, dtyp
     try:
         tensors = load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}); restore it or export it again from a checkpoint") from None
+        raise DataError(f"{path} is damaged ({error}); {_MEND}") from None
     wanted = model.state_dict()
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unknown:
@@ -160,9 +179,19 @@ def _load_weights(model: nn.Module, path: Path, device: str | torch.device, dtyp
             raise DataError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, config.yaml needs {tuple(wanted[name].shape)}"
             )
+    check_sum(path.parent)
     # copied, because in a mapped file they lie at any address: products may round by it, and a resumed run must not differ
     mapped = torch.device(device).type == "cpu"
     model.load_state_dict({name: t.to(dtype, copy=mapped) for name, t in tensors.items()}, assign=True)
 
 
-__all__ = ["Run", "build_model", "load_autoencoder", "load_model", "load_run", "read_config", "save_run"]
+__all__ = [
+    "Run",
+    "build_model",
+    "check_sum",
+    "load_autoencoder",
+    "load_model",
+    "load_run",
+    "read_config",
+    "save_run",
+]

@@ -17,4 +17,5 @@ from nextvec.cli import serve as serve
 from nextvec.cli import show as show
 from nextvec.cli import sweep as sweep
 from nextvec.cli import train as train
+from nextvec.cli import verify as verify
 from nextvec.cli import watch as watch

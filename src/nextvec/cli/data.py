@@ -174,6 +174,8 @@ def _by_tasks(
             "--latents is not for --executor: run the same command without it afterwards, which only encodes"
         )
     given = dict(map(_option, options))
+    if executor != "slurm":
+        print(f"nextvec: what the tasks of datatrove say goes to {out / 'executor'}", file=sys.stderr)
     result = prepare_by_tasks(executor, sources, load_tokenizer(tokenizer), out, options=given, tasks=tasks, **shared)
     print(result or f"{out}: Slurm has the jobs; the last one writes the manifests (logs in {out / 'executor'})")
 

@@ -50,6 +50,13 @@ def flops(
         float | None,
         typer.Option(min=1, help="Operations a second, of all devices: say how long the whole training takes at it."),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="The same at what this machine's matrix products reach, measured now: the least that one device takes.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
 ) -> None:
     """Floating-point operations per token of text, part by part, and parameters, counted as the paper counts them."""
@@ -70,17 +77,22 @@ def flops(
     if (model is None) is not table1:
         raise ConfigError("flops takes either a preset, settings file or run directory, or --table1 alone")
     if model is None:
-        if rate is not None:
-            raise ConfigError("--rate is for one model; leave it out of --table1")
+        if rate is not None or measure:
+            raise ConfigError(f"--{'rate' if rate else 'measure'} is for one model; leave it out of --table1")
         if settings:
             raise ConfigError(f"--table1 has the paper's settings; leave out --{next(iter(settings))}")
         rows = paper.table1()
         print(json.dumps([row.to_dict() for row in rows], indent=2) if as_json else paper.table1_text())
         return
+    if rate is not None and measure:
+        raise ConfigError("give either --rate, as measured elsewhere, or --measure")
     row = _row(model, settings)
+    how = "operations a second"
+    if measure:
+        rate, how = _measured()
     seconds = None if rate is None else row.train_flops_split / rate
     if as_json:
-        timed = {} if seconds is None else {"train_seconds": seconds}
+        timed = {} if seconds is None else {"train_seconds": seconds, "rate": rate}
         print(json.dumps([row.to_dict() | timed], indent=2))
         return
     print(row.cost)
@@ -89,12 +101,22 @@ def flops(
         + (f", {row.train_flops_split:.4g} with the split head" if row.cost.draws else "")
     )
     if seconds is not None:
-        print(f"at {rate:.3g} operations a second: {_time(seconds)} of training")
+        print(f"at {rate:.3g} {how}: {'at least ' if measure else ''}{_time(seconds)} of training")
     if row.paper is not None:
         print(
             f"the paper says: {row.paper.params / 1e6:,.0f}M parameters, {row.paper.train_flops:.3g} operations of "
             f"training, {row.paper.inference_flops_per_token:.2g} per token at inference"
         )
+
+
+def _measured() -> tuple[float, str]:
+    """What square products reach on this machine's device, in the precision in which it is faster, and in words."""
+    from nextvec.hardware import choose_device, matmul_rates
+
+    device = choose_device("auto")
+    rates = matmul_rates(device)
+    precision = max(rates, key=lambda name: rates[name])
+    return rates[precision], f"operations a second, as measured here ({precision}, one {device.type})"
 
 
 def _row(model: str, settings: dict[str, Any]) -> Row:

@@ -37,15 +37,17 @@ def report(
     runs = [folder for folder in folders if (folder / "config.yaml").is_file()]
     if runs and len(folders) > 1:
         raise ConfigError(f"{runs[0]} is a training run: a report is of one run, or of sweeps")
+    for folder in folders:
+        _check(folder)
     if runs:
         from rich.console import Console
 
         from nextvec.report.run import write_page as write_run
-        from nextvec.watch.screen import View
+        from nextvec.watch.screen import View, print_whole
         from nextvec.watch.status import Reader
 
         status = Reader(runs[0]).look()
-        Console(highlight=False).print(View(status))
+        print_whole(Console(highlight=False), View(status))
         write_run(status, path)
     else:
         from nextvec.report.sweep import markdown, write_page
@@ -55,3 +57,16 @@ def report(
         print("\n\n".join(markdown(each) for each in sweeps))
         write_page(sweeps, path)
     print(f"page: {path}", file=sys.stderr)
+
+
+def _check(folder: Path) -> None:
+    """Raises DataError for what there can be no report of."""
+    from nextvec.errors import DataError
+
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {what}: give a run directory, or a folder that `nextvec sweep` wrote")
+    if not any((folder / name).is_file() for name in ("config.yaml", "sweep.json")):
+        raise DataError(
+            f"{folder} is neither a run directory (it has no config.yaml) nor a folder of `nextvec sweep` (no sweep.json)"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,11 @@ Valid = Annotated[
 ]
 From = Annotated[
     Path | None,
-    typer.Option("--from", metavar="RUN", help="Begin with the weights and settings of a trained run, on other text."),
+    typer.Option(
+        "--from",
+        metavar="RUN|CHECKPOINT",
+        help="Begin with the weights and settings of a run (unfinished: of its newest checkpoint), or of RUN/checkpoints/step-N.",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in RUN.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
@@ -116,34 +121,61 @@ def _train(
     autoencoder_run: Path | None,
     source: Path | None,
 ) -> None:
+    from nextvec.train.launch import refused_once
+
+    with refused_once(out):
+        _train_once(
+            verb, out, overrides, data, config_file, valid, resume, device, tensorboard, autoencoder_run, source
+        )
+
+
+def _train_once(
+    verb: str,
+    out: Path,
+    overrides: list[str],
+    data: Path | None,
+    config_file: Path | None,
+    valid: Path | None,
+    resume: bool,
+    device: str,
+    tensorboard: bool,
+    autoencoder_run: Path | None,
+    source: Path | None,
+) -> None:
     import shlex
 
     from nextvec.config import apply_overrides
     from nextvec.errors import ConfigError
     from nextvec.model.calm import Calm
-    from nextvec.rundir import load_autoencoder, load_run
+    from nextvec.rundir import load_autoencoder, read_config
     from nextvec.text.shards import TokenShards
     from nextvec.train.checkpoint import begun
     from nextvec.train.data import data_folders
-    from nextvec.train.kept import kept_autoencoder
+    from nextvec.train.launch import goes_on
     from nextvec.train.loop import check_out, train
     from nextvec.train.objectives import build_objective
     from nextvec.train.progress import duration, terms
     from nextvec.train.settings import complete_run
-    from nextvec.train.start import begin_with, settings_from
-    from nextvec.train.world import rank, restarted
+    from nextvec.train.start import begin_with, holder, load_start, settings_from
+    from nextvec.train.world import rank
 
-    resume = resume or (restarted() and (out / "config.yaml").is_file())  # torchrun gives the same command again
+    resume = resume or goes_on(out)  # torchrun gives the same command again
     if rank() == 0:
         check_out(out, resume)
     settings = _settings(VERBS[verb], out, config_file, resume)
-    kept = kept_autoencoder(out) if resume and verb == "lm" and autoencoder_run is None else None
-    going_on = resume and begun(out) and (kept is not None or autoencoder_run is not None or verb != "lm")
-    if resume and not going_on and source is None and settings.get("start"):
+    kept = _kept(out, autoencoder_run) if resume and verb == "lm" else None
+    autoencoder_run = autoencoder_run if kept is None else None
+    if resume and begun(out) and (kept is not None or autoencoder_run is not None or verb != "lm"):
+        if source is not None:  # all that it gave is in `out` by now, and it may be gone
+            own = read_config(out)
+            settings = settings_from(getattr(own, "start", None) or source, own, settings)
+        source = None
+    elif resume and source is None and settings.get("start"):
         source = Path(settings["start"])  # nothing of it is in a checkpoint yet
-    start = load_run(source) if source is not None else None
+    own_autoencoder = kept is None and autoencoder_run is None
+    start = load_start(source, needs_autoencoder=own_autoencoder) if source is not None else None
     if start is not None:
-        settings = settings_from(start, settings)
+        settings = settings_from(start.path, start.config, settings)
     if data is not None:
         settings = {**settings, "data": {**(settings.get("data") or {}), "path": str(data)}}
     settings = apply_overrides(settings, overrides)
@@ -152,19 +184,19 @@ def _train(
     shards = TokenShards.open(data_folders(_first_corpus(settings))[0])
     settings["data"] = {"packing": shards.manifest.packing, **settings["data"]}  # a run says how its text was laid out
     if start is not None:
-        shards.check_tokenizer(start.text_tokenizer)
+        shards.check_tokenizer(start.text_tokenizer, holder(start.path))
     autoencoder: Autoencoder | None = (
         start.model.autoencoder if start is not None and isinstance(start.model, Calm) else None
     )
     autoencoder = kept or autoencoder
     if autoencoder_run is not None:
         autoencoder, tokenizer = load_autoencoder(autoencoder_run)
-        shards.check_tokenizer(tokenizer)
+        shards.check_tokenizer(tokenizer, autoencoder_run)
     of = autoencoder.config if autoencoder is not None else None
     run = complete_run(settings, shards.tokenizer, of, str(config_file or f"train {verb}"))
     objective = build_objective(run, shards.tokenizer, autoencoder)
     if start is not None:
-        begin_with(objective, start, keep_autoencoder=kept is not None or autoencoder_run is not None)
+        begin_with(objective, start, keep_autoencoder=not own_autoencoder)
 
     options = ["--valid", str(valid)] if valid is not None else []
     options += ["--device", device] if device != "auto" else []
@@ -186,6 +218,19 @@ def _train(
     print(f"{out}: {result.step:,} steps, {result.tokens:,} tokens in {duration(result.seconds)} of training")
     if result.evaluation is not None:
         print(f"held out: {terms(result.evaluation)}")
+
+
+def _kept(out: Path, named: Path | None) -> Autoencoder | None:
+    """The autoencoder that the run to go on with keeps, where no other is named, or the one named is gone."""
+    from nextvec.train.kept import kept_autoencoder
+    from nextvec.train.world import rank
+
+    if named is not None and (named / "config.yaml").is_file():
+        return None
+    kept = kept_autoencoder(out)
+    if kept is not None and named is not None and rank() == 0:
+        print(f"{named} is gone: going on with the autoencoder kept in {out}", file=sys.stderr)
+    return kept
 
 
 def _settings(kind: str, out: Path, config_file: Path | None, resume: bool) -> dict[str, Any]:

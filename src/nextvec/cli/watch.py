@@ -21,12 +21,12 @@ def watch(
     """Progress, terms and trends, speed, held-out figures, checkpoints and anomalies of a run. Ctrl-C leaves it training."""
     from rich.console import Console
 
-    from nextvec.watch.screen import View, follow
+    from nextvec.watch.screen import View, follow, print_whole
     from nextvec.watch.status import Reader
 
     console, reader = Console(highlight=False), Reader(run)
+    reader.check()
     if once or not console.is_terminal:
-        reader.check()
-        console.print(View(reader.look()))
+        print_whole(console, View(reader.look()))
     else:
         follow(reader, console, every)

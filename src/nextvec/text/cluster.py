@@ -13,9 +13,11 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_all_start_methods
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 from nextvec.errors import ConfigError, DataError, UserError
 from nextvec.files import atomic_open, atomic_path, read_json, write_json
 from nextvec.text.journal import STATE, Group, State
-from nextvec.text.prepare import SHARD_TOKENS, SPLITS, Prepared, Work, cores, planned
+from nextvec.text.prepare import SHARD_TOKENS, SPLITS, Prepared, Work, cores, out_lock, planned
 from nextvec.text.readers import Item, expand, fingerprint
 from nextvec.text.reading import SHOWN
 from nextvec.text.shards import DTypeName, Packing, Split
@@ -37,6 +39,7 @@ from nextvec.text.writing import group
 
 Kind = Literal["local", "slurm", "ray"]
 PIECES = ".pieces-"  # begins the name of a folder of pieces
+LOG = "log.txt"  # in OUT/executor
 COLUMNS = 6  # of a piece's table: tokens (0: empty), held out, bytes of text, item, entry, bad entries before it here
 MOST_TASKS = 1000  # by default; a Slurm array is rarely allowed more
 LEAST_BYTES = 1 << 24  # of source files in a piece by default: starting a task takes as long as encoding some of it
@@ -110,34 +113,59 @@ def prepare_by_tasks(
     make = _executor_class(executor, options or {})
     items = expand(sources)
     plan = planned(items, tokenizer, packing, valid_fraction, text_key, dtype, shard_tokens)
-    work = Work(Path(out), items, plan, skip_bad)
-    if work.state.done:
-        return work.result(work.documents, time.monotonic() - began)
     at_once = workers or (cores() if executor == "local" else -1)
     pieces = tasks or usual_tasks([item.weight or unknown(item) for item in items], at_once)
     job = Job(tuple(sources), Path(out).absolute(), plan.model_dump(mode="json"), skip_bad, pieces)
-    tokenizer.save(job.folder)
+    with out_lock(Path(out)):
+        work = Work(Path(out), items, plan, skip_bad)
+        if work.state.done:
+            return work.result(work.documents, time.monotonic() - began)
+        tokenizer.save(job.folder)
+        done = _run(executor, make, job, at_once)
+    return None if done is None else done.result(0, time.monotonic() - began)
+
+
+def _run(executor: Kind, make: Any, job: Job, at_once: int) -> Work | None:
+    """Both rounds of tasks and the end; None where Slurm has them all now."""
 
     def stage(name: str, work: Callable[[Job, int, int], object], count: int, depends: Any = None) -> Any:
         logs = str(job.out / "executor" / name)
         more = {"job_name": f"nextvec-{name}", "depends": depends} if executor == "slurm" else {}
         return make([Task(work, job)], tasks=count, workers=at_once, logging_dir=logs, skip_completed=False, **more)
 
-    encode = stage("encode", encode_piece, pieces)
-    write = stage("write", write_groups, pieces, encode)
+    encode = stage("encode", encode_piece, job.tasks)
+    write = stage("write", write_groups, job.tasks, encode)
     if executor == "slurm":
         try:
-            stage("finish", finish, 1, write).run()
+            stage("finish", finish_alone, 1, write).run()
         except subprocess.CalledProcessError as error:
             raise ConfigError(
                 f"sbatch refused a job (exit status {error.returncode}; what it said is above): mend --executor-option, and run "
                 "the same command again"
             ) from None
         return None
-    encode.run()
+    with _quiet(job.out / "executor" / LOG):
+        encode.run()
     _whole(job)  # a bad document is told before more work is done
-    write.run()
-    return finish(job).result(0, time.monotonic() - began)
+    with _quiet(job.out / "executor" / LOG):
+        write.run()
+    return finish(job)
+
+
+@contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    """What this process and those that it starts say on stderr goes into `log`: datatrove tells of every task."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(log, "ab") as handle:
+            os.dup2(handle.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def usual_tasks(sizes: Sequence[int], at_once: int) -> int:
@@ -226,6 +254,12 @@ def finish(job: Job, rank: int = 0, tasks: int = 1) -> Work:
     for pieces in job.out.glob(f"{PIECES}*"):  # of other arguments as well, given up before
         shutil.rmtree(pieces)
     return work
+
+
+def finish_alone(job: Job, rank: int = 0, tasks: int = 1) -> None:
+    """`finish` as a job of its own. Raises ConfigError when another process writes OUT."""
+    with out_lock(job.out):
+        finish(job)
 
 
 class _Span(NamedTuple):

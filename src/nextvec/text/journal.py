@@ -45,8 +45,6 @@ def begin(out: Path, plan: State) -> State:
     """
     path = out / STATE
     if not path.is_file():
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"--out must be a folder; {out} is a file")
         if any((out / name).exists() for name in ("train", "valid", "manifest.json")):
             raise ConfigError(f"{out} holds files that nextvec prepare did not write; choose another --out")
         write_json(path, plan.model_dump(mode="json"))

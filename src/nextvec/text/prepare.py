@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from typing import Literal
 import nextvec
 from nextvec.errors import ConfigError, DataError
 from nextvec.files import write_json
+from nextvec.lock import run_lock
 from nextvec.text import builtin
 from nextvec.text.journal import STATE, Group, State, begin
 from nextvec.text.readers import Item, expand, fingerprint
@@ -86,20 +87,28 @@ def prepare(
 
     valid_fraction: share of documents held out, by hash of their text (of the relative path for python-stdlib), in
     [0, 1). workers: processes, default one per core. Interrupted at any point, the same call continues.
-    Raises ConfigError for bad arguments or an OUT that holds other work; DataError for a missing, empty or bad corpus
-    and a full disk.
+    Raises ConfigError for bad arguments, an OUT that holds other work or that another process writes; DataError for a
+    missing, empty or bad corpus and a full disk.
     """
     began = time.monotonic()
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1; got {workers}")
     items = expand(sources)
     plan = planned(items, tokenizer, packing, valid_fraction, text_key, dtype, shard_tokens)
-    work = Work(Path(out), items, plan, skip_bad)
-    resumed = work.documents
-    if not work.state.done:
-        work.run(tokenizer, workers or cores(), show)
-        work.finish(tokenizer, list(sources))
+    with out_lock(Path(out)):
+        work = Work(Path(out), items, plan, skip_bad)
+        resumed = work.documents
+        if not work.state.done:
+            work.run(tokenizer, workers or cores(), show)
+            work.finish(tokenizer, list(sources))
     return work.result(resumed, time.monotonic() - began)
+
+
+def out_lock(out: Path) -> AbstractContextManager[None]:
+    """Hold OUT for this process. Raises ConfigError when it is a file, or another process writes it."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out must be a folder; {out} is a file")
+    return run_lock(out)
 
 
 def planned(

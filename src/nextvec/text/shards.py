@@ -139,8 +139,13 @@ class TokenShards:
         self.check_tokenizer(tokenizer)
         return tokenizer
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises DataError when `tokenizer` is not the one that made these shards."""
+    def check_tokenizer(self, tokenizer: Tokenizer, of: str | Path | None = None) -> None:
+        """Raises DataError when `tokenizer` is not the one that made these shards. of: the folder that it lies in."""
+        if tokenizer.hash != self.manifest.tokenizer and of is not None:
+            raise DataError(
+                f"the tokenizer of {of} does not match the shards in {self.path}; prepare that text again with "
+                f"--tokenizer {of}"
+            )
         if tokenizer.hash != self.manifest.tokenizer:
             raise DataError(
                 f"the tokenizer (hash {tokenizer.hash[:12]}) does not match the shards in {self.path} "

@@ -161,7 +161,7 @@ def complete(partial: Path, state: TrainState, sums: Mapping[str, str]) -> Path:
 
 def thin_out(run: Path, keep_last: int, keep_every: int) -> None:
     """Remove all checkpoints but the newest `keep_last` and those of every `keep_every` steps."""
-    for old in _steps(run)[keep_last:]:
+    for old in folders(run)[keep_last:]:
         if not keep_every or _step_of(old) % keep_every:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -173,7 +173,7 @@ def latest(run: Path, say: Say | None = None) -> Checkpoint | None:
     file, when no checkpoint is whole, and ConfigError for one written by a newer nextvec.
     """
     problem: str | None = None
-    for path in _steps(run):
+    for path in folders(run):
         try:
             found = _verify(path)
         except DataError as error:
@@ -187,14 +187,19 @@ def latest(run: Path, say: Say | None = None) -> Checkpoint | None:
     return None
 
 
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in this folder. Raises DataError, naming the damaged file, and ConfigError as `latest`."""
+    return _verify(Path(path))
+
+
 def begun(run: Path) -> bool:
     """Whether `run` has a checkpoint, whole or not."""
-    return bool(_steps(run))
+    return bool(folders(run))
 
 
 def drop_newer(run: Path, step: int) -> None:
     """Move checkpoints beyond `step` (passed over as damaged) out of the way of the ones to be written."""
-    for path in _steps(run):
+    for path in folders(run):
         if _step_of(path) > step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -269,12 +274,24 @@ def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str,
                 f"--resume needs the settings that the run began with: {key} was {before} and is now {now}; set it back, "
                 "or train into a new directory"
             )
+    before, now = (_weights(settings) for settings in (checkpoint.state.config, config))
+    if checkpoint.state.data != data and before != now:
+        raise DataError(
+            f"--resume needs the mixture that the run began with: the weights of data.mixture were {before} and are now "
+            f"{now}; set them back, or train into a new directory"
+        )
     if checkpoint.state.data != data:
         raise DataError("--resume needs the shards that the run began with: data.path holds other tokens now")
     if checkpoint.state.frozen != frozen:
         raise DataError(
             "--resume needs the autoencoder that the run began with: its weights differ now; give it with --autoencoder RUN"
         )
+
+
+def _weights(config: Mapping[str, Any]) -> str:
+    """The weights of a run's corpora, as its settings name them."""
+    mixture = (config.get("data") or {}).get("mixture") or ()
+    return ", ".join(f"{part['weight']:g}" for part in mixture) or "none"
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -334,8 +351,8 @@ def _final(partial: Path) -> Path:
     return partial.with_name(partial.name.removeprefix(".").removesuffix(".tmp"))
 
 
-def _steps(run: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+def folders(run: Path) -> list[Path]:
+    """All checkpoints of `run`, whole or not, newest first."""
     found = [path for path in (Path(run) / "checkpoints").glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
     return sorted(found, key=_step_of, reverse=True)
 
@@ -356,9 +373,11 @@ __all__ = [
     "begun",
     "check_same_run",
     "drop_newer",
+    "folders",
     "frozen_digest",
     "latest",
     "parameters_digest",
+    "read",
     "restore",
     "snapshot",
     "write",

@@ -82,12 +82,12 @@ def open_data(config: RunConfig, valid: Path | None = None, eval_batches: int = 
 
     def batches(where: Path, number: int = 0) -> Batches:
         shards = TokenShards.open(where)
+        shards.check_tokenizer(tokenizer, found[0][0])
         if shards.tokenizer.vocab_size != config.model.vocab_size:
             raise DataError(
                 f"{where} was written with a vocabulary of {shards.tokenizer.vocab_size} tokens and the model has "
                 f"{config.model.vocab_size}; prepare the shards with the model's tokenizer"
             )
-        shards.check_tokenizer(tokenizer)
         stream = Stream(shards, config.model.patch_size, config.data.packing)
         seed = config.train.seed if number == 0 else mix(config.train.seed ^ mix(number))  # an order of its own
         return Batches(stream, config.data.rows, config.data.context_tokens, seed)

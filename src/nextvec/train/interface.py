@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nextvec.hardware import Precision
+from nextvec.text.tokenizer import Tokenizer
 from nextvec.train.metrics import Row
 
 
@@ -18,6 +19,11 @@ class Trainable(Protocol):
     """What the loop needs of an objective. Legend: B rows, T tokens per row."""
 
     module: Any  # an nn.Module whose forward is the loss; `loss` calls it, so that the loop may wrap it
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Kept in the run directory from the first step on."""
+        ...
 
     def loss(self, batch: Any, generator: torch.Generator | None, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and detached 0-dim metrics, without waiting for the device. `progress` in [0, 1) of training."""

@@ -17,6 +17,7 @@ from nextvec.config import CalmConfig
 from nextvec.errors import DataError
 from nextvec.files import write_tensors
 from nextvec.rundir import CONFIG, WEIGHTS, load_autoencoder, read_config
+from nextvec.train.checkpoint import begun
 
 if TYPE_CHECKING:
     from nextvec.model.autoencoder import Autoencoder
@@ -49,7 +50,7 @@ def kept_autoencoder(run: Path) -> Autoencoder | None:
     if not isinstance(config, CalmConfig):
         return None
     if not (run / FROZEN).is_file():
-        return load_autoencoder(run)[0] if (run / WEIGHTS).is_file() else None
+        return _exported(run, config.uses_autoencoder)
     held = _read(run / FROZEN)
     autoencoder = Autoencoder(config.autoencoder)
     wanted = autoencoder.state_dict()
@@ -58,6 +59,22 @@ def kept_autoencoder(run: Path) -> Autoencoder | None:
         raise DataError(f"{run / FROZEN} is damaged: give the autoencoder that the run began with, --autoencoder RUN")
     autoencoder.load_state_dict(found)
     return autoencoder.eval().requires_grad_(False)
+
+
+def _exported(run: Path, needed: bool) -> Autoencoder | None:
+    """The one inside a finished run's weights. Raises DataError where a run with checkpoints holds it no more."""
+    give = "give the autoencoder that the run began with, --autoencoder RUN"
+    if not (run / WEIGHTS).is_file():
+        if needed and begun(run):
+            raise DataError(f"{run} has neither {WEIGHTS} nor {FROZEN} any more: {give}")
+        return None
+    try:
+        return load_autoencoder(run)[0]
+    except DataError as error:
+        if not begun(run):
+            raise
+        what = str(error).partition(";")[0]
+        raise DataError(f"{what}, and {FROZEN} went when that was written: {give}") from None
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

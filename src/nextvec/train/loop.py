@@ -28,6 +28,7 @@ from nextvec.train.interface import Trainable, TrainResult
 from nextvec.train.interrupt import Interrupt
 from nextvec.train.kept import keep_frozen, let_go
 from nextvec.train.latents import with_latents
+from nextvec.train.launch import note_launch
 from nextvec.train.metrics import METRICS, MetricsLog, NoLog, Row, check_tensorboard
 from nextvec.train.progress import Display
 from nextvec.train.recompute import recomputed_blocks
@@ -94,7 +95,9 @@ def train(
             found = _find(out, world, display) if resume else None
             if found is not None:
                 checkpoint.check_same_run(found, config.model_dump(mode="json"), data.digest, frozen)
+                check_steps(found.state.step, config, time_budget)
             elif resume:
+                check_unfinished(out)
                 notes.append(f"{out} has no checkpoint yet: training starts at step 0")
             if config.train.sharding == "full" and world.size == 1:
                 notes.append("train.sharding=full changes nothing here: one process has nobody to share with")
@@ -104,13 +107,17 @@ def train(
                     check_out(out, resume)  # another one may have begun since
                 if found is not None:
                     checkpoint.drop_newer(out, found.state.step)
+                note_launch(out)
                 keep_frozen(out, objective.module)
+                if objective.tokenizer is not None:
+                    objective.tokenizer.save(out)
                 with atomic_open(out / "config.yaml") as handle:
                     handle.write(dump_yaml(config))
             for note in notes:
                 display.note(note)
             step = found.state.step if found else 0
-            log = stack.enter_context(closing(MetricsLog(out, step, tensorboard) if world.first else NoLog()))
+            log: MetricsLog | NoLog = MetricsLog(out, step, tensorboard, display.say) if world.first else NoLog()
+            stack.enter_context(closing(log))
             sitting = Sitting(
                 config, objective, out, place, data, frozen, log, display, time_budget, on_log, command, found, world
             )
@@ -146,6 +153,23 @@ def check_out(out: Path, resume: bool) -> None:
         raise ConfigError(f"--resume needs a run that was started before; {out} holds none")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"a run is a directory; {out} is a file")
+
+
+def check_unfinished(out: Path) -> None:
+    """Raises ConfigError when `out` holds a finished model and nothing to go on from: training anew would replace it."""
+    if (out / "model.safetensors").exists():
+        raise ConfigError(
+            f"{out} holds a finished model and no checkpoint to go on from; train into another directory, with "
+            f"--from {out} to begin with its weights"
+        )
+
+
+def check_steps(done: int, config: RunConfig, time_budget: float | None) -> None:
+    """Raises ConfigError when a run has more steps behind it than it is to have."""
+    if time_budget is None and done > config.train.steps:
+        raise ConfigError(
+            f"the run has done {done:,} steps, and train.steps is now {config.train.steps:,}: give at least {done}"
+        )
 
 
 __all__ = ["TrainResult", "Trainable", "check_out", "train"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +19,32 @@ METRICS = "metrics.jsonl"
 Row = dict[str, Any]
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics file or of a run directory's; a last line cut off by a crash is left out."""
+def read_metrics(path: Path, say: Callable[[str], None] | None = None) -> list[Row]:
+    """The rows of a metrics file or of a run directory's; a last line cut off by a crash is left out.
+
+    So is any other line that is no row, with one line to `say`.
+    """
     path = Path(path)
     file = path / METRICS if path.is_dir() else path
     if not file.exists():
         return []
-    rows: list[Row] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    lines = file.read_bytes().split(b"\n")
+    found = [row_of(line) for line in lines]
+    bad = [number for number, row in enumerate(found[:-1], 1) if row is None and lines[number - 1].strip()]
+    if bad and say is not None:
+        named = ", ".join(map(str, bad[:3])) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        say(f"{file}: damaged and left out: line {named}; all other rows are kept")
+    return [row for row in found if row is not None]
+
+
+def row_of(line: bytes) -> Row | None:
+    """A row of metrics.jsonl, None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(row, dict) and row.get("kind") in ("train", "eval") and type(row.get("step")) is int
+    return row if good else None
 
 
 def check_tensorboard() -> None:
@@ -46,15 +60,17 @@ def check_tensorboard() -> None:
 class MetricsLog:
     """Appends rows to RUN/metrics.jsonl. Values that are not finite are written as null.
 
-    Opened at `step`, it first drops rows of later steps, so that a resumed run holds every row once; `evaluation` is
-    the newest held-out row. A row that cannot be written (full disk) is taken back whole and
-    `write` raises OSError; the file stays readable.
+    Opened at `step`, it first drops rows of later steps, so that a resumed run holds every row once, and damaged lines,
+    with one line to `say`; `evaluation` is the newest held-out row. A row that cannot be written (full disk) is taken
+    back whole and `write` raises OSError; the file stays readable.
     """
 
-    def __init__(self, run: Path, step: int, tensorboard: bool = False) -> None:
+    def __init__(
+        self, run: Path, step: int, tensorboard: bool = False, say: Callable[[str], None] | None = None
+    ) -> None:
         self._path = Path(run) / METRICS
         self._board = _board(Path(run), step) if tensorboard else None
-        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        kept = [row for row in read_metrics(self._path, say) if row["step"] <= step]
         self.evaluation: Row | None = next((row for row in reversed(kept) if row["kind"] == "eval"), None)
         with atomic_open(self._path) as handle:
             handle.writelines(_line(row) for row in kept)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nextvec.report.words import count, duration, speed
+from nextvec.train.anomalies import Anomaly
 from nextvec.train.metrics import Row
 from nextvec.train.progress import is_term, terms
 from nextvec.watch.status import Reader, Status
@@ -43,6 +44,11 @@ def follow(reader: Reader, console: Console, every: float) -> None:
                 time.sleep(every)
         except KeyboardInterrupt:
             return
+
+
+def print_whole(console: Console, view: View) -> None:
+    """One look; what is no terminal has no width, and a line there is a line."""
+    console.print(view, soft_wrap=not console.is_terminal)
 
 
 class View:
@@ -137,8 +143,16 @@ def anomalies(s: Status) -> list[str]:
     if not s.train:
         return []
     step = s.last["step"]
-    lines = [f"anomaly: {a.text}" + ("" if a.now(step) or a.kind in ONCE else " (over since)") for a in s.anomalies]
-    return lines or ["no anomalies"]
+    return [f"anomaly: {a.text}{_until(a, s, step)}" for a in s.anomalies] or ["no anomalies"]
+
+
+def _until(anomaly: Anomaly, s: Status, step: int) -> str:
+    """Says of a state whether it is over; a speed is one only while somebody trains."""
+    if anomaly.kind in ONCE:
+        return ""
+    if not anomaly.now(step):
+        return " (over since)"
+    return " (then training ended)" if anomaly.kind == "throughput" and s.state in ("stopped", "finished") else ""
 
 
 ONCE = ("not finite", "gradient")  # anomalies that are moments, not states

@@ -5,7 +5,6 @@ Nothing here disturbs training: files are only read, and no lock is taken.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -18,7 +17,7 @@ from nextvec.config import RunConfig, load_yaml, parse_any_run
 from nextvec.errors import ConfigError, DataError
 from nextvec.lock import RUN_LOCK
 from nextvec.train.anomalies import Anomaly, Detector
-from nextvec.train.metrics import METRICS, Row
+from nextvec.train.metrics import METRICS, Row, row_of
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
 CHECKPOINT = re.compile(r"step-(\d+)")  # folders below RUN/checkpoints
@@ -145,7 +144,7 @@ class Reader:
         end = data.rfind(b"\n") + 1  # what follows is a row in the making
         self._offset += end
         for line in data[:end].splitlines():
-            row = _row(line)
+            row = row_of(line)
             if row is not None:
                 self._rows[row["kind"]].append(row)
                 self._detector.add(row)
@@ -184,16 +183,6 @@ class Reader:
         names = [CHECKPOINT.fullmatch(entry.name) for entry in folders.iterdir()] if folders.is_dir() else []
         newest = max((int(name[1]), name[0]) for name in names if name) if any(names) else None
         return (None, None) if newest is None else (newest[0], _age(folders / newest[1]))
-
-
-def _row(line: bytes) -> Row | None:
-    """A row of metrics.jsonl, None for a line that is none."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    good = isinstance(row, dict) and row.get("kind") in ("train", "eval") and isinstance(row.get("step"), int)
-    return row if good else None
 
 
 def _age(path: Path) -> float | None:
