@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, action="append", default=[], help="of a tile; all but the first cost only")
     parser.add_argument("--tokens", type=int, default=256, help="of a text, at most")
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--method", choices=get_args(Method), default="pool")
+    parser.add_argument("--method", choices=get_args(Method), default="auto")
     parser.add_argument("--candidates", type=int)
     parser.add_argument("--precision", choices=list(DTYPES), default="bf16")
     parser.add_argument("--wide", action="store_true", help="head and decoder in float32")

@@ -4,11 +4,13 @@
     python benchmarks/serve_load.py --model calm --clients 1 --clients 16 --temperature 1 --json load.json
     python benchmarks/serve_load.py --model calm --rate 4 --rate 8
     python benchmarks/serve_load.py --model calm --bad 10000
+    python benchmarks/serve_load.py --model calm --temperature 1 --run runs/demo/calm
 
 closed    each of N clients asks for its next stream when its last one has ended: what the server can do.
 open      streams begin at random times, RATE a second on average, whether or not earlier ones have ended: what clients see.
 bad       invalid JSON, UTF-8 and values, unknown models, bodies too large, clients that leave in the middle; then the server's
           resident memory against what it was after the first tenth of them.
+run       one stream after another in this process, without a server: what batching is compared with.
 
 Every stream has its own seed. first: seconds from sending a request to its first text; whole: to its end; gap: between two
 chunks. tokens/s counts the tokens that streams report, over the time from the first request to the last end. The client is
@@ -31,7 +33,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
+
 from nextvec.files import write_json
+from nextvec.hardware import DTYPES
+from nextvec.model.calm import Calm
+from nextvec.model.token_lm import TokenLM
+from nextvec.rundir import load_run
+from nextvec.sampling.generate import stream_pieces
+from nextvec.sampling.settings import Sampling
 
 PERCENTILES = (50, 90, 99)
 
@@ -128,6 +138,24 @@ def measured(target: Target, load: Coroutine[Any, Any, tuple[list[Stream], float
     return {**found, "cpu_seconds": spent, "tokens_per_cpu_s": found["tokens_per_s"] * found["seconds"] / spent}
 
 
+def alone(run: Path, precision: str, asked: dict[str, Any], seconds: float) -> dict[str, float]:
+    """One text after another by the model itself, on one thread."""
+    torch.set_num_threads(1)
+    model = load_run(run, "cpu", DTYPES[precision]).model
+    assert isinstance(model, Calm | TokenLM)
+
+    def draw(seed: int) -> int:
+        settings = Sampling(asked["temperature"], asked.get("candidates"), asked["max_tokens"], seed)
+        return sum(piece.tokens for piece in stream_pieces(model, [asked["prompt"]], settings))
+
+    draw(0)
+    begin, spent, tokens, seed = time.perf_counter(), time.process_time(), 0, 0
+    while time.perf_counter() - begin < seconds:
+        tokens, seed = tokens + draw(seed), seed + 1
+    found = {"tokens_per_s": tokens / (time.perf_counter() - begin)}
+    return found | {"tokens_per_cpu_s": tokens / (time.process_time() - spent)}
+
+
 def summary(streams: Sequence[Stream], seconds: float) -> dict[str, Any]:
     good = [each for each in streams if each.ended]
     found: dict[str, Any] = {
@@ -182,11 +210,15 @@ BAD = [
     b'{"model": "MODEL", "prompt": "a", "n": 1000000}',
     b'{"model": "MODEL", "prompt": "' + b"x" * 500_000 + b'"}',
     b'{"model": "MODEL", "prompt": "' + b"x" * 2_000_000 + b'"}',
+    b'{"model": "MODEL", "prompt": "' + b"x " * 500_000 + b'"}',
+    b'{"model": "MODEL", "prompt": [' + b"-1," * 340_000 + b"1]}",
+    b'{"model": "MODEL", "prompt": [' + b"1," * 500_000 + b"1]}",
+    b'{"model": "MODEL", "prompt": "a", "stop": [' + b"[]," * 340_000 + b"1]}",
 ]
 
 
 async def storm(target: Target, model: str, count: int) -> dict[str, Any]:
-    """`count` bad requests, 16 at a time, every 13th a good one whose client leaves after its first bytes."""
+    """`count` bad requests, 16 at a time, every 17th a good one whose client leaves after its first bytes."""
     statuses: dict[str, int] = {}
     bodies = [body.replace(b"MODEL", model.encode()) for body in BAD]
     leaving = json.dumps({"model": model, "prompt": "a", "stream": True, "max_tokens": 200}).encode()
@@ -225,6 +257,8 @@ def main() -> None:
         "--rate", type=float, action="append", default=[], help="open loop, streams a second; again for more"
     )
     parser.add_argument("--bad", type=int, default=0, help="bad requests")
+    parser.add_argument("--run", type=Path, help="draw texts of this run in this process; asks no server")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of --run")
     parser.add_argument("--tokens", type=int, default=128, help="of each stream")
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--candidates", type=int, help="of a pool; default: the model's own way to draw")
@@ -242,6 +276,10 @@ def main() -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if options.run is not None:
+        for name, value in alone(options.run, options.precision, asked, options.seconds).items():
+            print(f"{options.run}, one stream in process, {options.precision}: {value:,.0f} {name}")
+        return
     asyncio.run(closed(target, asked, 2, 1.0))  # warm-up
     found: dict[str, Any] = {"asked": asked, "closed": {}, "open": {}}
     for clients in options.clients:

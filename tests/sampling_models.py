@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, TokenLMConfig
+from nextvec.config import AutoencoderConfig, BackboneConfig, CalmConfig, EnergyHeadConfig, HeadConfig, TokenLMConfig
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.text.tokenizer import byte_tokenizer
@@ -12,13 +12,23 @@ from nextvec.text.tokenizer import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 VOCAB, EOS, PAD = TOKENIZER.vocab_size, TOKENIZER.eos_id, TOKENIZER.pad_id
 BACKBONE = BackboneConfig(layers=2, width=16, inner=24, heads=2)
+ENERGY = EnergyHeadConfig(noise=8, blocks=1)
 
 
-def calm_config(patch_size: int) -> CalmConfig:
+def calm_config(patch_size: int, head: HeadConfig = ENERGY) -> CalmConfig:
+    factored = head.kind == "mixture"  # its tokens need dimensions of their own
     return CalmConfig(
-        autoencoder=AutoencoderConfig(vocab_size=VOCAB, patch_size=patch_size, width=16, inner=24, layers=2, latent=8),
+        autoencoder=AutoencoderConfig(
+            vocab_size=VOCAB,
+            patch_size=patch_size,
+            width=16,
+            inner=24,
+            layers=2,
+            latent=4 * patch_size if factored else 8,
+            factored=factored,
+        ),
         backbone=BACKBONE,
-        head=EnergyHeadConfig(noise=8, blocks=1),
+        head=head,
     )
 
 
@@ -31,8 +41,8 @@ def spread(model: torch.nn.Module) -> None:
             parameter.data.copy_(torch.nn.functional.normalize(parameter.data, dim=-1))
 
 
-def calm(patch_size: int, dtype: torch.dtype = torch.float64) -> Calm:
-    model = Calm(calm_config(patch_size))
+def calm(patch_size: int, dtype: torch.dtype = torch.float64, head: HeadConfig = ENERGY) -> Calm:
+    model = Calm(calm_config(patch_size, head))
     spread(model)
     model.tokenizer = TOKENIZER
     return model.to(dtype).eval()

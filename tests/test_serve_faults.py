@@ -206,7 +206,11 @@ BAD: list[tuple[bytes, int, str]] = [
     (b'{"model": "calm", "prompt": [[], [-1]]}', 400, "prompt"),
     (b'{"model": "calm", "prompt": [1e30]}', 400, "prompt"),
     (b'{"model": "calm", "prompt": "' + b"x" * 70_000 + b'"}', 413, "a request has at most 65,536 bytes"),
-    (b'{"model": "calm", "prompt": "' + b"x" * 60_000 + b'"}', 400, "shorten the prompt or lower max_tokens"),
+    (
+        b'{"model": "calm", "prompt": "' + b"x" * 60_000 + b'"}',
+        400,
+        "prompt has 60,000 characters, and the 240 tokens that calm reads",
+    ),
 ]
 
 

@@ -119,9 +119,17 @@ def test_token_by_token_can_be_chosen_where_laws_of_tokens_are_known(browser: Ta
     assert page.run(option), "an energy head has no such laws"
     page.run("models.find((each) => each.id === 'calm').nextvec.by_token = true; suit()")
     assert not page.run(option)
-    page.type("#candidates", "60")
     asked = "JSON.stringify(request(models.find((each) => each.id === '{}')))"
+    note = "document.querySelector('#note').hidden ? '' : document.querySelector('#note').textContent"
+    told = page.run(asked.format("calm"))
+    assert "method" not in told, "the server's own default is the page's"
+    assert "candidates" not in told
+    assert page.run(note) == ""
+    page.run("choose('pool'); suit()")
+    page.type("#candidates", "60")
     assert '"candidates":60' in page.run(asked.format("calm"))
+    assert page.run(note).startswith("Top p, top k and penalties have no effect on calm, whose sampler here does not")
+    assert page.run(note).endswith(": choose the sampler token by token.")
     page.run("choose('token'); suit()")
     told = page.run(asked.format("calm"))
     assert '"method":"token"' in told
@@ -132,7 +140,7 @@ def test_token_by_token_can_be_chosen_where_laws_of_tokens_are_known(browser: Ta
     page.run("models.find((each) => each.id === 'calm').nextvec.by_token = false; suit()")
     assert (
         page.run("[document.querySelector('#method').value, document.querySelector('#candidates').value].join()")
-        == "pool,60"
+        == "auto,60"
     )
     assert page.complaints == []
 
@@ -161,7 +169,7 @@ def test_cuts_and_penalties_reach_the_models_whose_tokens_have_laws(browser: Tab
     page.run("document.querySelector('#form').noValidate = true")
     page.click("#write")
     page.wait("!document.querySelector('#error').hidden")
-    assert "top_p must be in (0, 1]" in page.run("document.querySelector('#error').textContent")
+    assert "Top p must be in (0, 1]" in page.run("document.querySelector('#error').textContent")
 
 
 def test_stop_ends_the_text_and_frees_its_slot(browser: Tab, server: Running) -> None:
@@ -193,9 +201,10 @@ def test_stop_ends_the_text_and_frees_its_slot(browser: Tab, server: Running) ->
 
 def test_errors_are_told_in_a_sentence(browser: Tab, server: Running) -> None:
     page = opened(browser, server)
-    for field, value, told in (
-        ("#length", "1000", "shorten the prompt or lower max_tokens"),
-        ("#candidates", "1", "temperature 0.5 needs at least 2 candidates"),
+    for field, value, told in (  # fields are called as on the page
+        ("#length", "1000", "shorten the prompt or lower Tokens"),
+        ("#length", "", "Tokens: input should be greater than or equal to 1"),
+        ("#candidates", "1", "Temperature 0.5 needs at least 2 candidates"),
     ):
         before = page.run(f"document.querySelector('{field}').value")
         page.type(field, value)
@@ -204,9 +213,11 @@ def test_errors_are_told_in_a_sentence(browser: Tab, server: Running) -> None:
         assert told in page.run("document.querySelector('#error').textContent")
         assert page.run("document.querySelector('#error').getAttribute('role')") == "alert"
         page.type(field, before)
+    page.type("#seed", "")
     page.click("#write")
     page.wait("document.querySelector('#status').textContent.startsWith('Done')")
     assert page.run("document.querySelector('#error').hidden")
+    assert page.run("document.querySelector('#seed').value") == "0", "the seed of an empty field is shown"
     page.run(
         "models[0].id = models[1].id = 'gone'; document.querySelectorAll('option').forEach((o) => { o.value = 'gone' })"
     )
@@ -236,7 +247,15 @@ def test_it_fits_and_can_be_read(browser: Tab, server: Running, width: int, dark
     page.look(width, 900, dark)
     page.click("#write")
     page.wait("document.querySelector('#status').textContent.startsWith('Done')")
+    top = 450 if width < 400 else 800  # a phone shows the text, not the form
+    page.wait(f"document.querySelector('#texts').getBoundingClientRect().top < {top}")
     assert page.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out sideways"
+    clipped = """[...document.querySelectorAll('select')].flatMap((select) => {
+        const pen = document.createElement('canvas').getContext('2d');
+        pen.font = getComputedStyle(select).font;
+        return [...select.options].map((each) => each.text)
+            .filter((text) => pen.measureText(text).width + 30 > select.clientWidth); })"""  # 30: padding and arrow
+    assert page.run(clipped) == []
     contrast = """((text, ground) => {
         const light = (css) => { const c = css.match(/\\d+/g).slice(0, 3).map((v) => { v /= 255;
             return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
@@ -258,3 +277,15 @@ def test_it_fits_and_can_be_read(browser: Tab, server: Running, width: int, dark
     assert page.run(unnamed) == []
     page.photograph(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 20_000
+
+
+def test_who_wants_no_motion_gets_none(browser: Tab, server: Running) -> None:
+    page = opened(browser, server)
+    page.look(390, 800)
+    page.run("Element.prototype.scrollIntoView = function (options) { window.scrolled = [this.id, options.behavior]; }")
+    for motion, behaviour in (("reduce", "auto"), ("no-preference", "smooth")):
+        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": motion}])
+        page.run("scrollTo(0, 0); show(document.querySelector('#status'))")
+        assert page.run("scrolled") == ["status", behaviour]
+    page.run("scrolled = null; show(document.querySelector('h1'))")
+    assert page.run("scrolled") is None, "what is in view stays where it is"

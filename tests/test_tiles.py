@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from nextvec.config import MixtureHeadConfig
 from nextvec.model.cache import KVCache
 from nextvec.sampling import tiles
 from nextvec.sampling.draw import abilities
@@ -22,6 +25,14 @@ LAWS = [
     Sampling(0.5, 6, 40),
     Sampling(0.5, 70, 40),
     Sampling(candidates=6, max_tokens=40, method="centre"),
+]
+
+
+TOKENWISE = [  # of a head that knows tokens' laws; the first is the default of such a model
+    Sampling(max_tokens=40),
+    Sampling(1.0, max_tokens=40, method="token"),
+    Sampling(0.8, max_tokens=40, top_k=9, frequency_penalty=0.5),
+    Sampling(0.5, 6, 40),
 ]
 
 
@@ -42,20 +53,25 @@ def jobs_of(laws: list[Sampling]) -> list[tuple[list[int], Sampling]]:
     return [
         (
             PROMPT[: (7 * number) % len(PROMPT)],
-            Sampling(law.temperature, law.candidates, 12 + number, number, method=law.method),
+            replace(law, max_tokens=12 + number, seed=number),
         )
         for number, law in enumerate(laws * 4)
     ]
 
 
-@pytest.mark.parametrize("kind", ["calm", "tokens"])
+@pytest.mark.parametrize("kind", ["calm", "mixture", "tokens"])
 def test_a_text_is_the_same_alone_and_in_company_whatever_its_law(kind: str) -> None:
-    model = calm(3, torch.bfloat16) if kind == "calm" else token_lm(torch.bfloat16)
-    jobs = jobs_of(LAWS if kind == "calm" else LAWS[:3])
+    mixture = MixtureHeadConfig(blocks=1)
+    laws = {"calm": LAWS, "mixture": [*TOKENWISE, LAWS[3]], "tokens": [*LAWS[:3], *TOKENWISE]}[kind]
+    if kind == "tokens":
+        model: torch.nn.Module = token_lm(torch.bfloat16)
+    else:
+        model = calm(3, torch.bfloat16) if kind == "calm" else calm(3, torch.bfloat16, mixture)
+    jobs = jobs_of(laws)
     alone = [texts(model, [job], 1, deterministic=True)[0] for job in jobs]
     assert texts(model, jobs, 20, deterministic=True) == alone
     assert texts(model, jobs[::-1], 7, deterministic=True)[::-1] == alone
-    if kind == "calm":
+    if kind != "tokens":
         assert texts(model, jobs, 20) != alone, "without the mode rounding shows: the test could fail"
 
 

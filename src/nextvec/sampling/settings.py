@@ -58,7 +58,8 @@ class Law(NamedTuple):
 class Sampling:
     """How patches are drawn. Raises UserError for values out of range."""
 
-    temperature: float = 0.5  # in (0, 1]; 1 is the model's own law [P: fluent text needs at most 0.5]
+    # in (0, 1]; 1 is the model's own law [P: fluent text needs at most 0.5]; 0, of method token alone: the likeliest token
+    temperature: float = 0.5
     candidates: int | None = None  # N, draws in a pool, or latents of a centre; None: CANDIDATES of the method
     max_tokens: int = 256  # new tokens per row at most
     seed: int = 0  # row i draws from a generator seeded by (seed, i)
@@ -69,7 +70,8 @@ class Sampling:
     frequency_penalty: float = 0.0  # off it for each time that the text has it (penalties.py); likewise
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        if self.temperature != 0:  # whether there is a greedy limit only `for_model` knows
+            check_temperature(self.temperature)
         for name in ("candidates", "max_tokens", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -129,6 +131,14 @@ class Sampling:
             candidates = 1
         elif candidates is None:
             candidates = CANDIDATES[method]
+        if method == "token" and self.temperature == 0:
+            return replace(self, method=method, candidates=candidates, temperature=1.0, top_k=1)
+        if self.temperature == 0 and model.by_token:
+            raise UserError(
+                f"temperature 0 takes the likeliest token, which method {method} does not look at: leave the candidates out, or "
+                "take method token"
+            )
+        check_temperature(self.temperature)
         if method == "pool":
             check_pool(self.temperature, candidates)
         return replace(self, method=method, candidates=candidates)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import nextvec
@@ -20,7 +20,8 @@ from nextvec.errors import UserError
 from nextvec.sampling.draw import abilities
 from nextvec.serve import schema
 from nextvec.serve.asked import asked_job, chat_ids, find, prompt_ids
-from nextvec.serve.door import Door
+from nextvec.serve.body import Reader
+from nextvec.serve.door import Door, broken
 from nextvec.serve.errors import ApiError
 from nextvec.serve.formats import ChatForm, PatchForm, TextForm
 from nextvec.serve.metrics import Metrics
@@ -30,17 +31,14 @@ from nextvec.serve.reply import Reply
 from nextvec.serve.settings import ServeSettings
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # one of a stream
-SEVERAL = {  # fields of several types
-    "prompt": "text, token ids (0 or more), or a list of either",
-    "stop": "a text or a list of texts",
-    "logprobs": "left out, or false",
-    "content": "text or a list of parts of the type text",
-}
+REF = "#/components/schemas/{model}"
+BODIES = (schema.CompletionRequest, schema.ChatRequest, schema.PatchRequest)
 STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 
 
 def build_app(models: Mapping[str, Served], settings: ServeSettings, metrics: Metrics) -> ASGIApp:
     """The whole application; its lifespan starts and stops the engines."""
+    reader = Reader()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -50,14 +48,14 @@ def build_app(models: Mapping[str, Served], settings: ServeSettings, metrics: Me
         yield
         for served in models.values():
             await asyncio.to_thread(served.worker.stop)
+        reader.stop()
 
     app = FastAPI(title="nextvec", version=nextvec.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     _add_errors(app)
     _add_state(app, models, metrics)
-    _add_texts(app, models, settings, metrics)
+    _add_texts(app, models, settings, metrics, reader)
     _describe(app, settings)
-    paths = frozenset(str(getattr(route, "path", "")) for route in app.routes)
-    outside: ASGIApp = Door(app, settings, metrics, paths)
+    outside: ASGIApp = Door(app, settings, metrics, [route for route in app.routes if isinstance(route, Route)])
     if settings.origins:
         outside = CORSMiddleware(
             outside,
@@ -111,54 +109,72 @@ def _add_state(app: FastAPI, models: Mapping[str, Served], metrics: Metrics) -> 
     async def list_models() -> schema.ModelList:
         return schema.ModelList(data=[card(served) for served in models.values()])
 
-    @app.get("/v1/models/{model}", responses=_errors(404))
+    @app.get("/v1/models/{model:path}", responses=_errors(404))
     async def get_model(model: str) -> schema.ModelCard:
         return card(find(models, model))
 
 
-def _add_texts(app: FastAPI, models: Mapping[str, Served], settings: ServeSettings, metrics: Metrics) -> None:
+def _add_texts(
+    app: FastAPI, models: Mapping[str, Served], settings: ServeSettings, metrics: Metrics, reader: Reader
+) -> None:
     refusals = _errors(400, 401, 404, 408, 413, 429, 500, 503)
 
     @app.post(
-        "/v1/completions", response_class=Response, responses={200: {"model": schema.TextAnswer, **STREAM}, **refusals}
+        "/v1/completions",
+        response_class=Response,
+        responses={200: {"model": schema.TextAnswer, **STREAM}, **refusals},
+        openapi_extra=_body(schema.CompletionRequest),
     )
-    async def complete(asked: schema.CompletionRequest) -> Response:
-        served = find(models, asked.model)
-        schema.refuse_impossible(asked)
-        prompts = await asyncio.to_thread(prompt_ids, served, asked.prompt, settings)
-        job = asked_job(served, asked, prompts, asked.max_tokens or schema.MAX_TOKENS, settings)
-        echo: list[str] = []
-        if asked.echo:
-            echo = [text for ids in prompts for text in [served.tokenizer.decode(ids)] * job.samples]
-        include = bool(asked.stream_options and asked.stream_options.include_usage)
-        return Reply(served.worker, job, TextForm(served.id, include, echo), bool(asked.stream), metrics)
+    async def complete(request: Request) -> Response:
+        def reply(asked: schema.CompletionRequest) -> Reply:
+            served = find(models, asked.model)
+            schema.refuse_impossible(asked)
+            prompts = prompt_ids(served, asked.prompt, settings)
+            job = asked_job(served, asked, prompts, asked.max_tokens or schema.MAX_TOKENS, settings)
+            echo: list[str] = []
+            if asked.echo:
+                echo = [text for ids in prompts for text in [served.tokenizer.decode(ids)] * job.samples]
+            form = TextForm(served.id, asked.include_usage, echo)
+            return Reply(served.worker, job, form, bool(asked.stream), metrics)
+
+        return await reader.read(request, schema.CompletionRequest, reply)
 
     @app.post(
         "/v1/chat/completions",
         response_class=Response,
         responses={200: {"model": schema.ChatAnswer, **STREAM}, **refusals},
+        openapi_extra=_body(schema.ChatRequest),
     )
-    async def chat(asked: schema.ChatRequest) -> Response:
-        served = find(models, asked.model)
-        schema.refuse_impossible(asked)
-        ids = await asyncio.to_thread(chat_ids, served, asked.messages)
-        limit = asked.max_completion_tokens or asked.max_tokens or max(1, served.context - len(ids))
-        job = asked_job(served, asked, [ids], limit, settings)
-        include = bool(asked.stream_options and asked.stream_options.include_usage)
-        return Reply(served.worker, job, ChatForm(served.id, include, job.rows), bool(asked.stream), metrics)
+    async def chat(request: Request) -> Response:
+        def reply(asked: schema.ChatRequest) -> Reply:
+            served = find(models, asked.model)
+            schema.refuse_impossible(asked)
+            ids = chat_ids(served, asked.messages)
+            limit = asked.max_completion_tokens or asked.max_tokens or max(1, served.context - len(ids))
+            job = asked_job(served, asked, [ids], limit, settings)
+            form = ChatForm(served.id, asked.include_usage, job.rows)
+            return Reply(served.worker, job, form, bool(asked.stream), metrics)
+
+        return await reader.read(request, schema.ChatRequest, reply)
 
     @app.post(
-        "/nextvec/patches", response_class=Response, responses={200: {"description": "A stream", **STREAM}, **refusals}
+        "/nextvec/patches",
+        response_class=Response,
+        responses={200: {"description": "A stream", **STREAM}, **refusals},
+        openapi_extra=_body(schema.PatchRequest),
     )
-    async def patches(asked: schema.PatchRequest) -> Response:
-        served = find(models, asked.model)
-        (ids,) = await asyncio.to_thread(prompt_ids, served, asked.prompt, settings)
-        law = {name: getattr(asked, name) for name in schema.Law.model_fields}
-        plain = schema.Drawing(**law, seed=asked.seed)
-        job = asked_job(served, plain, [ids], asked.max_tokens, settings)
-        job.detail = asked.detail
-        form = PatchForm(served.tokenizer, len(ids) % served.model.patch_size)
-        return Reply(served.worker, job, form, True, metrics)
+    async def patches(request: Request) -> Response:
+        def reply(asked: schema.PatchRequest) -> Reply:
+            served = find(models, asked.model)
+            (ids,) = prompt_ids(served, asked.prompt, settings)
+            law = {name: getattr(asked, name) for name in schema.Law.model_fields}
+            plain = schema.Drawing(**law, seed=asked.seed)
+            job = asked_job(served, plain, [ids], asked.max_tokens, settings)
+            job.detail = asked.detail
+            form = PatchForm(served.tokenizer, len(ids) % served.model.patch_size)
+            return Reply(served.worker, job, form, True, metrics)
+
+        return await reader.read(request, schema.PatchRequest, reply)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -172,43 +188,22 @@ def _add_errors(app: FastAPI) -> None:
         word = str(error).partition(" ")[0]  # what is wrong, where it is a field
         return ApiError(400, str(error), param=word if word in schema.Drawing.model_fields else None).response()
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return _sentence(error, request.headers.get("content-type", "")).response()
-
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         words = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} does not take {request.method}"}
-        status = error.status_code
-        message = words.get(status, "the body must be a JSON object in UTF-8" if status == 400 else str(error.detail))
-        return ApiError(status, message, headers=error.headers).response()
+        message = words.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return ApiError(500, f"the server failed at this request ({secrets.token_hex(4)}); its log says how").response()
+        return broken(request.scope).response()
 
 
-def _sentence(error: RequestValidationError, sent_as: str) -> ApiError:
-    """The first mistake: where and what. Of a field that takes several types each complains: then it says all of them."""
-    first = error.errors()[0]
-    if len(first["loc"]) == 1 and "json" not in sent_as:
-        return ApiError(400, f"the body is read as JSON: send content-type: application/json; got {sent_as[:100]!r}")
-    if len(first["loc"]) == 1:
-        return ApiError(400, "the body must be a JSON object")
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}")
-    path = [str(part) for part in first["loc"][1:]]
-    of_several = next((number for number, part in enumerate(path[:-1]) if part in SEVERAL), None)
-    if of_several is not None:
-        where = ".".join(path[: of_several + 1])
-        return ApiError(400, f"{where} must be {SEVERAL[path[of_several]]}", param=where)
-    where = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"there is no field {where!r} here: leave it out", param=where, code="unknown_parameter")
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(400, f"{where}: {message}", param=where)
+def _body(kind: type[schema.Asked]) -> dict[str, Any]:
+    """Of an operation's description: the body, which a `Reader` reads and FastAPI does not know."""
+    content = {"application/json": {"schema": {"$ref": REF.format(model=kind.__name__)}}}
+    return {"requestBody": {"content": content, "required": True}}
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -216,8 +211,10 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _describe(app: FastAPI, settings: ServeSettings) -> None:
-    """The OpenAPI document without FastAPI's own 422, which is a 400 here, and with the key where there is one."""
+    """The OpenAPI document: with the bodies, with the key where there is one, and without FastAPI's own 422, a 400 here."""
     document = app.openapi()
+    _, bodies = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=REF)
+    document["components"]["schemas"] |= bodies["$defs"]
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)

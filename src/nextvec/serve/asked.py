@@ -54,8 +54,9 @@ def prompt_ids(
         )
     for text in texts:
         check_text(text, "prompt")
+        check_length(served, len(text), "prompt")
     for row in ids:
-        if any(token >= served.model.vocab_size for token in row):
+        if max(row, default=0) >= served.model.vocab_size:
             raise ApiError(
                 400,
                 f"tokens of a prompt must be below {served.model.vocab_size}, the model's vocabulary; got {max(row)}",
@@ -72,8 +73,12 @@ def chat_ids(served: Served, messages: Sequence[Message]) -> list[int]:
             f"{served.id} is a base model: its tokenizer has no chat template; ask /v1/completions to continue a text",
             param="messages",
         )
-    for message in messages:
+    for number, message in enumerate(messages):
+        if message.content is None and message.role != "assistant":
+            where = f"messages.{number}.content"
+            raise ApiError(400, f"{where} must be text or a list of parts of the type text", param=where)
         check_text(message.text, "messages")
+    check_length(served, sum(len(message.text) for message in messages), "messages")
     return served.template.encode(messages, served.tokenizer)
 
 
@@ -128,5 +133,21 @@ def asked_job(
 
 def check_text(text: str, name: str) -> None:
     """Raise ApiError (400) for text with half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ApiError(400, f"{name} must be valid Unicode text; it holds half of a surrogate pair", param=name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(
+            400, f"{name} must be valid Unicode text; it holds half of a surrogate pair", param=name
+        ) from None
+
+
+def check_length(served: Served, characters: int, name: str) -> None:
+    """Raise ApiError (400) for text that cannot fit, before it is tokenized."""
+    if characters > served.longest_text:
+        raise ApiError(
+            400,
+            f"{name} has {characters:,} characters, and the {served.context:,} tokens that {served.id} reads have at most "
+            f"{served.longest_text:,}: shorten the text",
+            param=name,
+            code="context_length_exceeded",
+        )

@@ -6,8 +6,10 @@ import asyncio
 import hmac
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nextvec.serve.errors import ApiError
@@ -16,14 +18,15 @@ from nextvec.serve.metrics import Metrics
 from nextvec.serve.settings import ServeSettings
 
 SWALLOWED = 8  # times the largest body is read, not kept: a client that still sends would not see the answer
+REQUEST = "nextvec.request"  # of a scope: the request's id
 OPEN = ("/", "/health", "/metrics")  # without a key; they hold no text and do no work
 
 
 class Door:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, paths: frozenset[str]) -> None:
-        self._app, self._settings, self._metrics, self._paths = app, settings, metrics, paths
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, routes: Sequence[Route]) -> None:
+        self._app, self._settings, self._metrics, self._routes = app, settings, metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -31,6 +34,7 @@ class Door:
             return
         begin, log = time.perf_counter(), scope.setdefault("nextvec", {})
         request, status = f"req-{secrets.token_hex(8)}", 0
+        scope[REQUEST] = request
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -50,10 +54,7 @@ class Door:
                     await self._app(scope, _replay(body, receive), answer)
         except Exception:
             if not status:  # else the client has its answer, or half of it
-                status = 500
-                await ApiError(500, "the server failed at this request; its log says how").response()(
-                    scope, receive, send
-                )
+                await broken(scope).response()(scope, receive, answer)
             LOGGER.exception("failure", extra={"fields": {"request": request}})
         finally:
             self._record(scope, request, log.pop("status", status), time.perf_counter() - begin, log)
@@ -103,7 +104,8 @@ class Door:
             ) from None
 
     def _record(self, scope: Scope, request: str, status: int, seconds: float, log: dict[str, Any]) -> None:
-        path = scope["path"] if scope["path"] in self._paths else "other"  # labels must stay few
+        # labels must stay few: the route's own path, not the model's name in it
+        path = next((each.path_format for each in self._routes if each.path_regex.match(scope["path"])), "other")
         self._metrics.requests.labels(path, str(status)).inc()
         event(
             "request",
@@ -114,6 +116,11 @@ class Door:
             seconds=round(seconds, 4),
             **log,
         )
+
+
+def broken(scope: Scope) -> ApiError:
+    """500, with the id under which the log has the failure."""
+    return ApiError(500, f"the server failed at this request ({scope[REQUEST]}); its log says how")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,12 @@ class Served:
     @property
     def kind(self) -> str:
         return "calm" if isinstance(self.model, Calm) else "token_lm"
+
+    @cached_property
+    def longest_text(self) -> int:
+        """Characters that a context of tokens has at most; one more for each, since some decoders drop a space."""
+        decode = self.tokenizer.decode
+        return self.context * (1 + max(len(decode([number], True)) for number in range(self.tokenizer.vocab_size)))
 
     @property
     def latent(self) -> int | None:

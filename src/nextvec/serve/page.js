@@ -5,6 +5,8 @@ const SVG = "http://www.w3.org/2000/svg";
 const COLOURS = 6;
 const CUTS = ["top_p", "top_k", "frequency_penalty", "presence_penalty"]; // of laws of single tokens
 const candidates = {pool: 200, centre: 8}; // of each sampler, while the other is chosen
+const FIELDS = {max_tokens: "Tokens", top_p: "Top p", top_k: "Top k", frequency_penalty: "Frequency penalty",
+  presence_penalty: "Presence penalty", temperature: "Temperature", candidates: "Candidates", method: "Sampler", seed: "Seed"};
 let models = [], stopping = null, panes = [];
 
 function make(name, attributes = {}, ...children) {
@@ -28,13 +30,17 @@ function headers() {
   return found;
 }
 
+// Fields as this page calls them.
+const labelled = (text) => text.replace(/\b[a-z]+(_[a-z]+)?\b/g, (word) => word.includes("_") && FIELDS[word] || word)
+  .replace(/^[a-z]+(?=[: ])/, (word) => FIELDS[word] || word);
+
 // An answer that is an error, as a sentence for the reader.
 async function sentence(answer) {
   if (answer.status === 401) $("key-field").hidden = false;
   try {
     const {error} = await answer.json();
     const wait = answer.headers.get("retry-after");
-    return error.message + (wait ? ` (in ${wait} s)` : "");
+    return labelled(error.message) + (wait ? ` (in ${wait} s)` : "");
   } catch { return `The server answered ${answer.status}.`; }
 }
 
@@ -58,7 +64,7 @@ async function loadModels() {
 const chosenModels = () => [...new Set([$("model").value, $("beside").value].filter(Boolean))]
   .map((name) => models.find((each) => each.id === name));
 const averages = (card) => $("method").value === "centre" && card.nextvec.latent !== null;
-const tokenwise = (card) => $("method").value === "token" && card.nextvec.by_token;
+const tokenwise = (card) => ["auto", "token"].includes($("method").value) && card.nextvec.by_token;
 const lawful = (card) => card.nextvec.kind === "token_lm" || tokenwise(card);
 const pooled = (card) => card.nextvec.kind === "calm" && !averages(card) && !tokenwise(card);
 
@@ -66,18 +72,27 @@ const pooled = (card) => card.nextvec.kind === "calm" && !averages(card) && !tok
 // candidates where there are any, cuts and penalties where tokens have laws.
 function suit() {
   const cards = chosenModels();
-  const can = {pool: true, centre: cards.some((card) => card.nextvec.latent !== null),
+  const can = {auto: true, pool: true, centre: cards.some((card) => card.nextvec.latent !== null),
     token: cards.some((card) => card.nextvec.kind === "calm" && card.nextvec.by_token)};
   for (const option of $("method").options) option.disabled = !can[option.value];
-  if (!can[$("method").value]) choose("pool");
+  if (!can[$("method").value]) choose("auto");
   $("method").disabled = !can.centre && !can.token;
   $("temperature").disabled = cards.every(averages);
   $("candidates").disabled = cards.every((card) => !averages(card) && !pooled(card));
   for (const name of CUTS) $(name).disabled = !cards.some(lawful);
+  warn(cards.filter((card) => !lawful(card)));
+}
+
+// Top p, top k and penalties may have no effect: then the page says on which model, and what would give them one.
+function warn(cards) {
+  const lawless = cards.map((card) => card.id).join(" and ");
+  const fix = cards.every((card) => card.nextvec.by_token) ? ": choose the sampler token by token" : "";
+  $("note").textContent = lawless && `Top p, top k and penalties have no effect on ${lawless}, whose sampler here does not look at single tokens${fix}.`;
+  $("note").hidden = !lawless;
 }
 
 // A pool and a mean each have their own number of candidates.
-let counted = "pool";
+let counted = "pool"; // the model's own sampler, where it is a pool, has a pool's
 function choose(method) {
   $("method").value = method;
   const now = method === "centre" ? "centre" : "pool";
@@ -92,7 +107,7 @@ function request(card) {
   if (averages(card)) return {...told, method: "centre", candidates: Number($("candidates").value)};
   told.temperature = Number($("temperature").value);
   if (lawful(card)) for (const name of CUTS) if ($(name).value) told[name] = Number($(name).value);
-  if (tokenwise(card)) return {...told, method: "token"};
+  if (tokenwise(card)) return $("method").value === "auto" ? told : {...told, method: "token"};
   const pool = counted === "pool" ? $("candidates").value : candidates.pool;
   return {...told, candidates: Number(pool)};
 }
@@ -102,6 +117,7 @@ class Pane {
   constructor(card) {
     this.card = card;
     this.asked = request(card);
+    this.tokenwise = tokenwise(card);
     this.patches = [];
     this.tokens = 0; this.seconds = 0; this.first = null; this.began = performance.now();
     const kind = card.nextvec.kind === "calm" ? `CALM, ${card.nextvec.patch_size} tokens a step` : "token model, one token a step";
@@ -193,7 +209,7 @@ function mark(index, x, y, size) {
   return make("path", {d: `M${x} ${y - size * 1.2}L${x + size * 1.2} ${y + size}L${x - size * 1.2} ${y + size}Z`, ...look});
 }
 
-function explain({card, asked}, patch, index) {
+function explain({card, asked, tokenwise}, patch, index) {
   const mean = asked.method === "centre";
   $("detail").hidden = false;
   $("detail-title").textContent = `Patch ${index + 1} of ${card.id}: ${quoted(patch.text)}`;
@@ -212,7 +228,7 @@ function explain({card, asked}, patch, index) {
       + `${kinds} different ${kinds === 1 ? "patch" : "patches"}. The more latents, the likelier the text.`;
     $("vote").append(voteTable(vote, mean));
   } else if (vote.draws === 1) {
-    $("detail-words").textContent = asked.method === "token"
+    $("detail-words").textContent = tokenwise
       ? `Each token was drawn by its own law at this temperature, given those before it: one ${patch.latent ? "latent" : "patch"}, no vote.`
       : "At temperature 1 a patch is the model's first draw: there is no vote.";
   } else {
@@ -304,14 +320,23 @@ async function write(pane, signal) {
   if (!whole) throw new Error("The connection ended before the text did.");
 }
 
+// Scroll to what begins below the middle of the window: on a phone the form fills it.
+function show(node) {
+  if (node.getBoundingClientRect().top < innerHeight / 2) return;
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  node.scrollIntoView({block: "start", behavior: still ? "auto" : "smooth"});
+}
+
 async function run(event) {
   event.preventDefault();
   complain("");
   if (!models.length) await loadModels();
   if (!models.length) return;
+  if (!$("seed").value) $("seed").value = 0; // as is asked for
   panes = chosenModels().map((card) => new Pane(card));
   $("texts").replaceChildren(...panes.map((pane) => pane.node));
   $("detail").hidden = true;
+  show($("status"));
   stopping = new AbortController();
   $("write").disabled = true;
   $("stop").disabled = false;

@@ -13,13 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from nextvec.sampling.settings import Method, Sampling
 from nextvec.serve.errors import ApiError
 
-Ids = list[Annotated[int, Field(ge=0)]]
+# a list stops at its first mistake: a body of a mistake in each of its half a million parts must cost no more than one
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+MESSAGES = 2048  # of a chat, and parts of a message
 MAX_TOKENS = 16  # of a completion that does not say it, as OpenAI's
 METHOD = (
     "How a CALM draws a patch: token, each token by its sharpened law (where the head has one); pool, a choice by votes from "
     "many draws at a temperature; centre, the mean of a few latents, decoded once, without a temperature; auto, the default: "
     "token where it can be and no candidates are asked for, else pool"
 )
+TEMPERATURE = "In (0, 1]; 1 is the model's own law. Default 0.5. 0, where tokens have laws, the likeliest"
 CANDIDATES = (
     "Draws behind each patch of a CALM: in a pool below temperature 1, default 200; averaged by centre, default 8"
 )
@@ -39,14 +43,18 @@ NOTHING: dict[str, tuple[tuple[Any, ...], str]] = {  # values that ask for nothi
 
 
 class Asked(BaseModel):
-    """No unknown field, and no value of another JSON type than the field's; 16.0 is an integer, as JSON Schema says."""
+    """No unknown field (the first is told), and no value of another JSON type than the field's; 16.0 is an integer, as JSON
+    Schema says."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _whole_numbers(cls, body: Any) -> Any:
-        return {name: _whole(value) for name, value in body.items()} if isinstance(body, dict) else body
+        if not isinstance(body, dict):
+            return body
+        unknown = next((name for name in body if name not in cls.model_fields), None)
+        return {name: _whole(value) for name, value in body.items() if name in cls.model_fields or name == unknown}
 
 
 def _whole(value: Any, depth: int = 2) -> Any:
@@ -65,7 +73,7 @@ class Law(Asked):
     """How a patch or a token is drawn. Ours beyond OpenAI's: method, candidates, top_k."""
 
     model: str = Field(description="One of the ids of /v1/models")
-    temperature: float | None = Field(default=None, description="In (0, 1]; 1 is the model's own law. Default 0.5")
+    temperature: float | None = Field(default=None, description=TEMPERATURE)
     method: Method | None = Field(default=None, description=METHOD)
     candidates: int | None = Field(default=None, ge=1, description=CANDIDATES)
     top_p: float | None = Field(default=None, description="Method token alone: where laws of single tokens are known")
@@ -80,17 +88,24 @@ class Drawing(Law):
     max_tokens: int | None = Field(default=None, ge=1, description="New tokens at most")
     n: int | None = Field(default=None, ge=1, description="Texts per prompt")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="The same seed gives the same text")
-    stop: str | list[str] | None = Field(default=None, description="A text ends before the first of these, at most 16")
+    stop: str | Texts | None = Field(default=None, description="A text ends before the first of these, at most 16")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     store: bool | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with what it took."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class CompletionRequest(Drawing):
-    prompt: str | list[str] | Ids | list[Ids] = Field(description="Text, token ids, or several of either")
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)] = Field(
+        description="Text, token ids, or several of either"
+    )
     echo: bool | None = None
     best_of: int | None = None
     logprobs: int | bool | None = None
@@ -104,22 +119,30 @@ class TextPart(Asked):
 
 class Message(Asked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MESSAGES, fail_fast=True)] | None
     name: str | None = None
+    # of an answer of OpenAI's that is sent back, as its client spells it
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
 
 
 class ChatRequest(Drawing):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, description="OpenAI's newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     response_format: Any = None
+    parallel_tool_calls: bool | None = None  # of no tools
+    service_tier: str | None = None
 
 
 class PatchRequest(Law):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import sys
 from collections.abc import Callable
@@ -127,5 +128,9 @@ def serve(server: uvicorn.Server, made: socket.socket, ready: Callable[[str], No
             ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         await task
 
-    asyncio.run(run())
+    gc.freeze()  # modules and models are no garbage: each collection that walks them stops every stream for tenths of a second
+    try:
+        asyncio.run(run())
+    finally:
+        gc.unfreeze()
     event("stopped")

@@ -148,7 +148,9 @@ class Worker:
             eos_id=self._tokenizer.eos_id,
             pad_id=self._tokenizer.pad_id,
             slots=self._settings.slots,
-            capacity=max(2, inputs_needed(0, self.context, self._model.patch_size)),
+            capacity=max(
+                2, inputs_needed(1, self.context - 1, self._model.patch_size)
+            ),  # one token may need a padded patch
             packed=self._model.packed,
             deterministic=self._settings.deterministic,
         )
