@@ -126,6 +126,11 @@ def test_speeds_are_those_of_all_arms_and_their_samplers(outcome: Outcome) -> No
     }
     calm = outcome.speeds["calm"]
     assert all(found["tokens_per_s"] > 0 for ways in outcome.speeds.values() for found in ways.values())
+    for ways in outcome.speeds.values():  # of one draw a patch also 16 texts at once, which share what is read
+        assert [way for way in ways if "together" in ways[way]] == ["T = 1"]
+        at_once = ways["T = 1"]["together"]
+        assert at_once["texts"] == 16
+        assert 0 < at_once["low"] <= at_once["tokens_per_s"] <= at_once["high"]
     assert (
         calm["T = 1"]["operations"] < calm["centre of 8"]["operations"] < calm["T = 0.5, 200 candidates"]["operations"]
     )

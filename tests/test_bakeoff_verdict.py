@@ -137,6 +137,29 @@ def test_the_fastest_way_that_is_as_accurate_is_the_matched_one() -> None:
     assert matched([], [], SPEEDS, OTHER) is None
 
 
+def test_several_texts_at_once_are_told_and_may_decide_a_tie() -> None:
+    def at_once(rate: float) -> dict[str, float]:
+        return {"texts": 16, "tokens_per_s": rate}
+
+    calm = {("batch sampler", 1.0): same(0.41, 0.3, 0.21, 0.2)}
+    slow = {"T = 1": {"tokens_per_s": 270.0, "operations": 2e6, "together": at_once(4000.0)}}
+    other = {"T = 1": {**OTHER["T = 1"], "together": at_once(2000.0)}}
+    found = matched([tally(calm)], [tally(RIVAL)], slow, other)
+    assert found is not None
+    assert (found.ratio, found.together) == (0.9, (16, 4000.0, 2000.0))
+    tie = Quality(Figure(0.01, 0.1, "seeds"), "BrierLM", "tie")
+    meeting = BreakEven("open", "BrierLM")
+    duel = Duel("token", tie, found, meeting)
+    assert duel.use
+    words = sentences(duel, 10)
+    assert words[0].endswith("it generates faster where several texts are written at once.")
+    assert "270 tokens/s against 300, 0.90 times (16 texts at once: 4,000 against 2,000, 2.00 times)" in words[2]
+    alone = matched([tally(calm)], [tally(RIVAL)], slow, OTHER)  # a rival measured before there was such a figure
+    assert alone is not None
+    assert alone.together is None
+    assert not Duel("token", tie, alone, meeting).use
+
+
 def test_a_way_without_a_point_of_its_own_is_not_looked_at() -> None:
     """Speeds of a folder may be newer than its points."""
     speeds = SPEEDS | {"T = 0.5, token by token": {"tokens_per_s": 800.0, "operations": 2e6}}

@@ -1,4 +1,4 @@
-"""Tokens a second of finished models, one text at a time, all of them in turn; and what a token costs in operations."""
+"""Tokens a second of finished models, of one text and of several at once, all in turn; and what a token costs in operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from nextvec.text.tokenizer import TextTokenizer
 
 REPEATS = 5  # after one for warm-up
 TOKENS, PROMPT = 128, 32  # of a text, and before it
-TEXTS = 4  # of a repeat at most, where texts end early
+TEXTS = 4  # of a repeat at most, one after the other, where texts end early
+TOGETHER = 16  # texts that are written at once, as a server or a batch does
 ONE = "T = 1"
 TOKENWISE, CENTRED, POOLED = (
     "T = 0.5, token by token",
@@ -65,30 +66,35 @@ def measure_speeds(
     context_tokens: int,
     repeats: int = REPEATS,
 ) -> dict[str, dict[str, Any]]:
-    """By model and sampler: tokens_per_s (median of the repeats), low and high among them, operations per token, and how.
+    """By model and sampler: tokens_per_s (median of the repeats), low and high among them, operations per token, and how; of
+    ways that draw once a patch also `together`, the same three of TOGETHER texts at once.
 
     Repeats of all go in turn. On a CPU with more to do than it can, seconds are those of the processor over its threads.
     """
     prompts = [document[:PROMPT].tolist() for document in documents if len(document) > PROMPT] or [[]]
     arms = [(name, way, sampling) for name, model in models.items() for way, sampling in samplers(model).items()]
-    rates: dict[tuple[str, str], list[float]] = {(name, way): [] for name, way, _ in arms}
+    runs = [(*arm, texts) for arm in arms for texts in ((1, TOGETHER) if arm[1] in (ONE, TOKENWISE) else (1,))]
+    rates: dict[tuple[str, str, int], list[float]] = {(name, way, texts): [] for name, way, _, texts in runs}
     by_processor = next(iter(models.values())).device.type == "cpu" and busy()
     for turn in range(repeats + 1):
-        for name, way, sampling in arms:
-            rate = _rate(models[name], sampling, prompts, turn, tokenizer, by_processor)
+        for name, way, sampling, texts in runs:
+            rate = _rate(models[name], sampling, prompts, turn, texts, tokenizer, by_processor)
             if turn:
-                rates[name, way].append(rate)
+                rates[name, way, texts].append(rate)
     found: dict[str, dict[str, Any]] = {name: {} for name in models}
     for name, way, sampling in arms:
-        values = rates[name, way]
         found[name][way] = {
-            "tokens_per_s": statistics.median(values),
-            "low": min(values),
-            "high": max(values),
+            **_of_repeats(rates[name, way, 1]),
             "operations": operations(models[name], sampling, context_tokens),
             "how": "processor time over threads" if by_processor else "clock",
         }
+        if (name, way, TOGETHER) in rates:
+            found[name][way]["together"] = {"texts": TOGETHER, **_of_repeats(rates[name, way, TOGETHER])}
     return found
+
+
+def _of_repeats(rates: Sequence[float]) -> dict[str, float]:
+    return {"tokens_per_s": statistics.median(rates), "low": min(rates), "high": max(rates)}
 
 
 def _rate(
@@ -96,19 +102,21 @@ def _rate(
     sampling: Sampling,
     prompts: Sequence[Sequence[int]],
     turn: int,
+    texts: int,
     tokenizer: TextTokenizer,
     by_processor: bool,
 ) -> float:
-    """Tokens a second of one repeat: texts until there are TOKENS of them."""
+    """Tokens a second of one repeat: so many texts at once until there are TOKENS of each."""
     made, text = 0, 0
     synchronize(model.device)
     began = time.perf_counter(), time.process_time()
-    while made < TOKENS and text < TEXTS:
-        prompt = prompts[(turn * TEXTS + text) % len(prompts)]
+    while made < texts * TOKENS and text < TEXTS:
+        of_these = [prompts[((turn * TEXTS + text) * texts + row) % len(prompts)] for row in range(texts)]
         asked = replace(sampling, seed=turn * TEXTS + text)
         eos_id, pad_id = tokenizer.eos_id, tokenizer.pad_id
-        for step in generate(model, [prompt], asked, eos_id=eos_id, pad_id=pad_id, packed=model.packed):
-            made += max(len(step.tokens[0]), 1)  # end-of-text is a token, too
+        for step in generate(model, of_these, asked, eos_id=eos_id, pad_id=pad_id, packed=model.packed, slots=texts):
+            made += sum(map(len, step.tokens))
+        made += step.finished.count("eos")  # end-of-text is a token, too
         text += 1
     synchronize(model.device)
     seconds = time.perf_counter() - began[0]

@@ -54,10 +54,21 @@ class Matched:
     calm: float  # tokens a second
     rival: float
     operations: tuple[float, float]  # per generated token: CALM, rival
+    together: tuple[int, float, float] | None = None  # so many texts at once: tokens a second, CALM and rival
 
     @property
     def ratio(self) -> float:
         return self.calm / self.rival
+
+    @property
+    def faster(self) -> str | None:
+        """In words; None where CALM is as accurate at no higher speed, or not as accurate."""
+        if not self.reached:
+            return None
+        if self.ratio > 1:
+            return "generates faster"
+        at_once = self.together is not None and self.together[1] > self.together[2]
+        return "generates faster where several texts are written at once" if at_once else None
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Duel:
         if self.quality.standing == "open":
             return None
         if self.quality.standing == "tie":
-            return self.matched is not None and self.matched.reached and self.matched.ratio > 1
+            return self.matched is not None and self.matched.faster is not None
         return self.quality.standing == "ahead"
 
 
@@ -112,9 +123,12 @@ def matched(calm: Sequence[Points], rival: Sequence[Points], speeds: Speeds, riv
         reached = all(gap.value is not None and gap.value >= -(gap.error or 0.0) for gap in gaps.values())
         mine, other = speeds[way], rival_speeds[ONE]
         spent = float(mine["operations"]), float(other["operations"])
-        found.append(
-            Matched(way, reached, gaps, outside, float(mine["tokens_per_s"]), float(other["tokens_per_s"]), spent)
-        )
+        rates = [float(each["tokens_per_s"]) for each in (mine, other)]
+        together = None
+        if "together" in mine and "together" in other:
+            at_once = [float(each["together"]["tokens_per_s"]) for each in (mine, other)]
+            together = (int(mine["together"]["texts"]), at_once[0], at_once[1])
+        found.append(Matched(way, reached, gaps, outside, rates[0], rates[1], spent, together))
     if not found:
         return None
     good = [each for each in found if each.reached]
@@ -187,20 +201,17 @@ def sentences(duel: Duel, minutes: float) -> list[str]:
 
 
 def _advice(duel: Duel) -> str:
-    rival, one = _name(duel.rival), duel.matched
-    faster = one is not None and one.reached and one.ratio > 1
+    rival, faster = _name(duel.rival), duel.matched and duel.matched.faster
     if duel.use is None:
         return f"No verdict between CALM and {rival}."
     if duel.quality.standing == "ahead":
-        return f"Use CALM here, not {rival}: it is better at this budget" + (
-            " and generates faster." if faster else "."
-        )
+        return f"Use CALM here, not {rival}: it is better at this budget" + (f" and {faster}." if faster else ".")
     if duel.quality.standing == "tie":
         if duel.use:
-            return f"Use CALM here, for its speed: its quality ties with {rival} and it generates faster."
+            return f"Use CALM here, for its speed: its quality ties with {rival} and it {faster}."
         return f"Do not use CALM here: it is no better than {rival} and generates no faster at matched quality."
     return f"Do not use CALM here: {rival} is better at this budget." + (
-        " CALM generates faster at matched accuracy, if that is worth more than the score." if faster else ""
+        f" CALM {faster} at matched accuracy, if that is worth more than the score." if faster else ""
     )
 
 
@@ -211,6 +222,9 @@ def _generation(one: Matched, rival: str) -> str:
         if gap.value is not None
     )
     speed = f"{one.calm:,.0f} tokens/s against {one.rival:,.0f}, {one.ratio:.2f} times"
+    if one.together is not None:
+        texts, calm, other = one.together
+        speed += f" ({texts} texts at once: {calm:,.0f} against {other:,.0f}, {calm / other:.2f} times)"
     edge = f" ({rival} has no temperature with so many or so few repeats: its nearest was taken)" if one.outside else ""
     if one.reached:
         return (

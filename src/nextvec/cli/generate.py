@@ -35,7 +35,9 @@ def generate(
     jsonl: Annotated[
         str | None, typer.Option(metavar="OUT|-", help="Write one JSON object per text here instead of printing.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="In (0, 1]; 1 is the model's own law.")] = 0.5,
+    temperature: Annotated[
+        float, typer.Option(help="In (0, 1]; 1 is the model's own law; 0 the likeliest token, by method token.")
+    ] = 0.5,
     candidates: Annotated[
         int | None, typer.Option(help="Draws in the pool of each patch (below T = 1): 200; latents of a centre: 8.")
     ] = None,

@@ -9,7 +9,7 @@ from typing import Any
 from nextvec.bakeoff.curve import points
 from nextvec.bakeoff.run import Outcome
 from nextvec.bakeoff.settings import ARMS
-from nextvec.bakeoff.speed import ONE
+from nextvec.bakeoff.speed import ONE, TOGETHER
 from nextvec.bakeoff.verdict import MILLION, UNITS, WAYS, sentences
 from nextvec.evaluate.collision import BATCH, CENTRE, TOKENS
 from nextvec.files import atomic_open
@@ -144,28 +144,36 @@ def _bits(figures: Any) -> str:
 
 
 def _generation(outcome: Outcome) -> Table:
+    together = any("together" in found for ways in outcome.speeds.values() for found in ways.values())
     head = [
         "arm",
         "drawn by",
         "tokens/s (of 5 repeats)",
+        *([f"of {TOGETHER} texts at once"] if together else []),
         *(f"{what}: accuracy at collision" for what in UNITS.values()),
     ]
     body = []
     for arm, ways in outcome.speeds.items():
         for way, found in ways.items():
             rate = found["tokens_per_s"]
+            at_once = [_rate(found["together"]) if "together" in found else ""] if together else []
             point = _point(outcome.figures[arm][0]["collision"], way) if outcome.figures[arm] else None
             body.append(
                 [
                     arm,
                     way,
-                    f"{rate:,.0f} ({found['low']:,.0f} to {found['high']:,.0f})",
+                    _rate(found),
+                    *at_once,
                     *("" if point is None else _at(point, unit) for unit in UNITS),
                     duration(MILLION / rate),
                     f"{MILLION * found['operations']:.3g}",
                 ]
             )
     return Table("Generation", [*head, "time of a million tokens", "operations of a million tokens"], body)
+
+
+def _rate(found: Mapping[str, Any]) -> str:
+    return f"{found['tokens_per_s']:,.0f} ({found['low']:,.0f} to {found['high']:,.0f})"
 
 
 def _point(found: list[dict[str, Any]], way: str) -> dict[str, Any] | None:
