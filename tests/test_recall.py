@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -265,6 +267,39 @@ def test_texts_read_piece_by_piece_side_by_side_are_the_texts_read_whole(model: 
         if isinstance(alone, TextStates):
             assert int(state.seen[row]) == int(alone.seen) == length * model.patch_size
             assert torch.equal(state.text[row, : int(alone.seen)], alone.text)
+
+
+@pytest.mark.parametrize("model", [calm(), calm(patch_size=1), token_lm()], ids=["calm", "patches of one", "token_lm"])
+def test_a_cache_keeps_what_lookups_made_of_a_text_and_looks_up_new_tokens_alone(
+    model: Calm | TokenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = model.patch_size
+    ids, cache = tokens(3, 6, size), model.new_cache(3, 6)
+    for row, length in enumerate((4, 2, 5)):  # rows of different lengths
+        model.states(ids[row : row + 1, :length], cache.rows(row, row + 1))
+    last = torch.stack([ids[0, 4], ids[1, 2], ids[2, 5]])[:, None]
+    looked_up: list[int] = []
+    original = Recall.parts
+
+    def parts(self: Recall, *asked: Any) -> Any:
+        found = original(self, *asked)
+        return found._replace(tells=lambda ids: looked_up.append(ids.numel()) or found.tells(ids))
+
+    recall = head_of(model).recall if isinstance(model, Calm) else model.recall
+    assert recall is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Recall, "parts", parts)
+        state = model.states(last, cache)[:, -1]
+        kept = head_of(model).draw(state, 2, torch.Generator().manual_seed(0)) if isinstance(model, Calm) else state
+    assert looked_up == [3 * (size + 2)]  # of three texts the new tokens, and two before them, once
+    for row, length in enumerate((5, 3, 6)):
+        embeddings = head_of(model).tokens() if isinstance(model, Calm) else model._tokens()
+        whole = recall.memory(ids[row : row + 1, :length].flatten(1), original(recall, embeddings, length * size))
+        for held, made in zip(cache.memory[:, row], whole, strict=True):
+            torch.testing.assert_close(held[:, : length * size], made[0], rtol=1e-12, atol=1e-12)
+    if isinstance(model, Calm):  # the texts looked up anew give the same
+        anew = head_of(model).draw(replace(state, memory=None), 2, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(kept, anew, rtol=1e-11, atol=1e-11)
 
 
 def test_fresh_keys_are_the_queries_and_equal_pairs_find_each_other() -> None:

@@ -22,7 +22,7 @@ class KVCache:
     `rows` gives a part of it as a cache of its own on the same memory. `apart`: each position attends by itself, over exactly
     those before it, so that its bits depend on no other; only positions of the first so many rows, and of these the first so
     many, do: the others fill a tile up, and nobody reads their states. text_patch: tokens of a position that are kept, too, for
-    a model that looks them up (`recall`).
+    a model that looks them up (`recall`), with what its lookups have made of them, `memory` (2, B, heads, tokens, numbers).
     """
 
     apart: tuple[int, int] | None = None
@@ -35,12 +35,15 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
         text_patch: int = 0,
+        memory: tuple[int, int] = (0, 0),
     ) -> None:
         wide = torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
         shape = (config.layers, 2, rows, config.key_value_heads, capacity, config.head_dim)
         self.store = torch.zeros(shape, device=device, dtype=wide)
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # positions held by each row, on the host
         self.text = torch.zeros(rows, capacity, text_patch, device=device, dtype=torch.int64)
+        heads, numbers = memory
+        self.memory = torch.zeros(2, rows, heads, capacity * text_patch, numbers, device=device, dtype=wide)
         positions = torch.arange(capacity, device=device)
         self._rotations = rotary_table(positions, config.head_dim, config.rope_base, dtype)
 
@@ -52,7 +55,7 @@ class KVCache:
         """Rows start..stop: what is read into them is in this cache too."""
         part = object.__new__(KVCache)
         part.store, part.lengths = self.store[:, :, start:stop], self.lengths[start:stop]
-        part.text = self.text[start:stop]
+        part.text, part.memory = self.text[start:stop], self.memory[:, start:stop]
         part._rotations = self._rotations
         return part
 
@@ -61,12 +64,15 @@ class KVCache:
         length = int(self.lengths[source])
         self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
         self.text[target, :length] = self.text[source, :length]
+        tokens = length * self.text.shape[-1]
+        self.memory[:, target, :, :tokens] = self.memory[:, source, :, :tokens]
         self.lengths[target] = length
 
     def repeat(self, source: KVCache, lengths: Sequence[int]) -> None:
         """Every row becomes the first of `source`, up to these lengths."""
         self.store.copy_(source.store[:, :, :1].expand_as(self.store))
         self.text.copy_(source.text[:1].expand_as(self.text))
+        self.memory.copy_(source.memory[:, :1].expand_as(self.memory))
         self.lengths.copy_(torch.tensor(lengths))
 
     def write_text(self, ids_BPK: Tensor) -> tuple[Tensor, Tensor]:

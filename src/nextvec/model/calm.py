@@ -26,6 +26,7 @@ from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Head, Metrics, ReadsContext, Sharpen
 from nextvec.model.heads.recalling import Recalls
 from nextvec.model.interface import DrawsWanted, Wanted
+from nextvec.model.recall import DIM
 from nextvec.model.text_states import States, TextStates
 
 if TYPE_CHECKING:
@@ -117,13 +118,22 @@ class Calm(nn.Module):
         A head that reads tokens of the patch itself finds them behind the state, which is that much wider. With one that
         looks tokens of the whole text up they are `TextStates`, which hold it.
         """
-        read = cache.write_text(ids_BPK) if self._recalls and cache is not None else None
+        read = memory = None
+        if self._recalls and cache is not None:
+            read = cache.write_text(ids_BPK)
+            memory = None if cache.apart is not None else self._kept(cache, read[0], ids_BPK)
         state_BPD = self._with_context(self.backbone(self._inputs(ids_BPK, latent_BPL), cache), ids_BPK)
         if cache is None or read is None:
             return self._with_text(state_BPD, ids_BPK)
         text_BT, seen_BP = read
         text_BPT = text_BT[:, None].expand(-1, ids_BPK.shape[1], -1)
-        return TextStates(state_BPD, text_BPT, seen_BP, apart=cache.apart is not None)
+        return TextStates(state_BPD, text_BPT, seen_BP, cache.apart is not None, memory)
+
+    def _kept(self, cache: KVCache, text_BT: Tensor, ids_BPK: Tensor) -> Tensor:
+        """What lookups make of the texts, kept in the cache."""
+        head: Any = self.head
+        parts = head.recall.parts(head.tokens(), text_BT.numel())
+        return head.recall.kept(cache, text_BT, ids_BPK[0].numel(), parts)
 
     def _with_context(self, state_BPD: Tensor, ids_BPK: Tensor) -> Tensor:
         if not self._reads_context:
@@ -147,8 +157,9 @@ class Calm(nn.Module):
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` patches."""
-        text_patch = self.patch_size if self._recalls else 0
-        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype, text_patch)
+        head: Any = self.head
+        kept = (self.patch_size, (head.recall.heads, DIM)) if self._recalls else ()
+        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype, *kept)
 
     def trunk(self, ids_BPK: Tensor) -> tuple[States, Trunk]:
         """States and what branches attend to (see Backbone.branch)."""

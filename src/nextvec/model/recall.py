@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.model.backbone import attend_branch
+from nextvec.model.cache import KVCache
 from nextvec.model.layers import embedded, rotary_dtype
 from nextvec.model.packed import Kept
 
@@ -110,6 +111,21 @@ class Recall(nn.Module):
         last, before, value = parts.tells(ids_RT).chunk(3, dim=-1)
         keys, dtype = _after(last + _after(before)), rotary_dtype(value)
         return Memory(self._split(keys).to(dtype), self._split(value).to(dtype))
+
+    def kept(self, cache: KVCache, ids_RT: Tensor, count: int, parts: Parts) -> Tensor:
+        """`memory` of the texts (R, T) in a cache, (2, R, H, T, E), where only the `count` tokens just written are looked up.
+
+        A view of the cache, which holds until a row of it is given to another text.
+        """
+        first_R = cache.lengths.to(ids_RT.device) * cache.text.shape[-1]
+        place_Rn = first_R[:, None] + torch.arange(-2, count, device=ids_RT.device)
+        last, before, value = parts.tells(ids_RT.gather(1, place_Rn.clamp(min=0))).chunk(3, dim=-1)
+        there = (place_Rn >= 0)[..., None]
+        key = last[:, 1:-1] * there[:, 1:-1] + before[:, :-2] * there[:, :-2]
+        row_R1 = torch.arange(len(ids_RT), device=ids_RT.device)[:, None]
+        for held, new in zip(cache.memory, (key, value[:, 2:]), strict=True):
+            held[row_R1, :, place_Rn[:, 2:]] = new.unflatten(-1, (self.heads, DIM)).to(held.dtype)
+        return cache.memory[..., : ids_RT.shape[1], :]
 
     def ask(self, memory: Memory, query_RNC: Tensor, seen_RQ: Tensor, apart: bool, all_seen: bool) -> Tensor:
         """Answers (R, N, D) to the queries (R, N, H E) of Q places of a text, equally many of each.

@@ -23,13 +23,15 @@ class TextStates:
     """States (..., X), their texts (..., T) int64, and how many tokens of them each has seen, (...).
 
     Operations on leading dimensions are those of tensors. Neighbours that share a text are views of one: `by_text` finds it.
-    apart: each is to be drawn from by itself, so that its bits depend on no other (tiles of the deterministic mode).
+    apart: each is to be drawn from by itself, so that its bits depend on no other (tiles of the deterministic mode). memory: what
+    lookups have made of the texts, keys and values (2, R, H, T, E), where a cache holds it and each first index has one text.
     """
 
     vector: Tensor
     text: Tensor
     seen: Tensor
     apart: bool = False
+    memory: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -56,7 +58,11 @@ class TextStates:
             text = text[:, :1].expand(-1, len(index[1]), -1)
         else:
             text = text[index]
-        return replace(self, vector=self.vector[index], text=text, seen=self.seen[index])
+        memory = self.memory
+        if memory is not None:
+            first = index[0] if isinstance(index, tuple) else index
+            memory = None if isinstance(first, int) else memory[:, first]
+        return replace(self, vector=self.vector[index], text=text, seen=self.seen[index], memory=memory)
 
     def expand(self, *sizes: int) -> TextStates:
         """As of the states; the last of the sizes is -1."""
@@ -65,6 +71,7 @@ class TextStates:
             vector=self.vector.expand(*sizes),
             text=self.text.expand(*sizes),
             seen=self.seen.expand(*sizes[:-1]),
+            memory=None,
         )
 
     def by_text(self) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
 from nextvec.model.grams import LONGEST, Grams, windows, with_grams
 from nextvec.model.layers import embedded
-from nextvec.model.recall import Recall, Tokens, last_ids, queries, sees_all, unit_tokens
+from nextvec.model.recall import DIM, Memory, Recall, Tokens, last_ids, queries, sees_all, unit_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,19 +66,20 @@ class TokenLM(nn.Module):
         if self.recall is None or cache is None:
             return self.backbone(self._whole(ids_BPK[..., 0]), cache)
         (text_BT, seen_BP), apart = cache.write_text(ids_BPK), cache.apart is not None
+        parts = self.recall.parts(self._tokens(), text_BT.numel())
+        kept = None if apart else self.recall.kept(cache, text_BT, ids_BPK.shape[1], parts)
         if not apart and text_BT.shape[1] == ids_BPK.shape[1]:  # nothing was held
             return self.backbone(self._whole(ids_BPK[..., 0]), cache)
-        parts = self.recall.parts(self._tokens(), text_BT.numel())
         all_seen = sees_all(seen_BP, text_BT)
         last_BP3 = last_ids(text_BT, seen_BP, LONGEST, all_seen)
-        found_BPD = self.recall.ask(
-            self.recall.memory(text_BT, parts), queries(last_BP3, parts), seen_BP, apart, all_seen
-        )
+        memory = self.recall.memory(text_BT, parts) if kept is None else Memory(*kept)
+        found_BPD = self.recall.ask(memory, queries(last_BP3, parts), seen_BP, apart, all_seen)
         return self.backbone(with_grams(self.grams, self._embedded(ids_BPK[..., 0]) + found_BPD, last_BP3), cache)
 
     def new_cache(self, rows: int, patches: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `patches` tokens."""
-        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype, 0 if self.recall is None else 1)
+        kept = () if self.recall is None else (1, (self.recall.heads, DIM))
+        return KVCache(self.config.backbone, rows, patches, self.device, self.dtype, *kept)
 
     def trunk(self, ids_BPK: Tensor) -> tuple[Tensor, Trunk]:
         """States and what branches attend to (see Backbone.branch)."""

@@ -52,7 +52,12 @@ class Recalls:
             all_seen = sees_all(seen, text)
             tail = last_ids(text, seen, LONGEST, all_seen).flatten(0, 1)
             states = slice(done, done + len(tail))
-            yield states, Asking(self.recall.memory(text, parts), parts, seen, tail, state_ND.apart, all_seen)
+            if state_ND.memory is None:
+                memory = self.recall.memory(text, parts)
+            else:
+                texts = slice(done // seen.shape[1], done // seen.shape[1] + len(text))
+                memory = Memory(*state_ND.memory[:, texts])
+            yield states, Asking(memory, parts, seen, tail, state_ND.apart, all_seen)
             done = states.stop
 
     def answers(self, asking: Asking, last_MS3: Tensor) -> Tensor:
