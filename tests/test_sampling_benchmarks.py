@@ -209,6 +209,19 @@ def test_repetition_is_told_by_penalty(demo: Path, capsys: pytest.CaptureFixture
     assert "T = 0.5, presence 0.6, frequency 0.0: " in lines[7]
 
 
+def test_several_texts_at_once_are_timed_in_turn(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(demo / "calm"), str(demo / "baseline"), "--data", str(demo / "data" / "shards" / "valid")]
+    benchmark("texts_at_once")(
+        [*words, "--texts", "1", "3", "--prompt", "9", "--tokens", "6", "--repeats", "2", "--each", "8"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["1 texts", "3 texts"]
+    for line in lines:
+        calm, token = (float(part.replace(",", "")) for part in line.split(": ")[1].split(" tokens")[0].split(" and "))
+        assert calm > 0
+        assert token > 0
+
+
 def test_what_an_update_of_muon_costs(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark("muon_speed")(["--arm", "token", "--repeats", "1"])
     head, torchs, ours, values = capsys.readouterr().out.splitlines()
