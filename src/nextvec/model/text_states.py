@@ -61,7 +61,7 @@ class TextStates:
         memory = self.memory
         if memory is not None:
             first = index[0] if isinstance(index, tuple) else index
-            memory = None if isinstance(first, int) else memory[:, first]
+            memory = memory[:, first] if isinstance(first, slice | list | Tensor) else None
         return replace(self, vector=self.vector[index], text=text, seen=self.seen[index], memory=memory)
 
     def expand(self, *sizes: int) -> TextStates:
