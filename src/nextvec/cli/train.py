@@ -108,25 +108,12 @@ def train_baseline(
     _train("baseline", out, overrides or [], data, config, valid, resume, device, tensorboard, None, source)
 
 
-def _train(
-    verb: str,
-    out: Path,
-    overrides: list[str],
-    data: Path | None,
-    config_file: Path | None,
-    valid: Path | None,
-    resume: bool,
-    device: str,
-    tensorboard: bool,
-    autoencoder_run: Path | None,
-    source: Path | None,
-) -> None:
+def _train(verb: str, out: Path, *asked: Any) -> None:
+    """`_train_once`, with its arguments; what a launcher's first attempt was refused, its others are as well."""
     from nextvec.train.launch import refused_once
 
     with refused_once(out):
-        _train_once(
-            verb, out, overrides, data, config_file, valid, resume, device, tensorboard, autoencoder_run, source
-        )
+        _train_once(verb, out, *asked)
 
 
 def _train_once(
