@@ -29,7 +29,7 @@ from nextvec.scoring.brier import BrierResult
 PROMPTS = ("class Reader:\n    def read(self", "def ", "import ", "    def __init__(self, ")
 SAMPLE_TOKENS, SPEED_TOKENS = 96, 160
 # Of the texts shown: models of minutes go round in circles without a penalty on frequency, and at lower temperatures with one,
-# too. Models without laws of tokens take no penalty, and a pool says nothing above 0.5.
+# too. Models without laws of tokens take no penalty, and the paper asks for at most 0.5 of them.
 WARM, PENALTY, COLD = 0.7, 0.3, 0.5
 NAMES = {"calm": "CALM", "baseline": "token Transformer"}
 
