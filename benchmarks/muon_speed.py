@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("torch", "ours"):
         torch.manual_seed(0)  # what torch's modules begin with
         model = model_of(asked.arm, asked.layers)
-        (hidden,), _ = parameter_groups(model.named_parameters(), OptimSettings(name="muon"))
+        (hidden,), _, _ = parameter_groups(model.named_parameters(), OptimSettings(name="muon"))
         for parameter in hidden["params"]:
             parameter.grad = torch.randn(parameter.shape, generator=generator) * 1e-3
         group = {"params": hidden["params"], "lr": 0.02}

@@ -19,7 +19,9 @@ def test_causal_attention_equals_torchs_in_value_and_gradient(positions: int) ->
     joint = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     query, key, value = (part.transpose(1, 2) for part in joint.split(3, dim=2))
     weight = torch.randn((2, 3, positions, 16), generator=generator, dtype=torch.float64)
-    found = attention._WholeScores.apply(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    found = attention._WholeScores.apply(
+        query.bfloat16(), key.bfloat16(), value.bfloat16(), torch.arange(1, positions + 1)
+    )
     (found * weight).sum().backward()
     gradient, joint.grad = joint.grad, None
     wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -28,6 +30,29 @@ def test_causal_attention_equals_torchs_in_value_and_gradient(positions: int) ->
     assert joint.grad is not None
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.02 * float(wanted.detach().abs().max()))
     torch.testing.assert_close(gradient, joint.grad, rtol=0, atol=0.02 * float(joint.grad.abs().max()))
+
+
+@pytest.mark.parametrize("queries", [1, 40, 300])
+def test_prefix_attention_sees_so_many_positions(queries: int) -> None:
+    """In value and gradient, of other texts than its queries, in any order."""
+    generator = torch.Generator().manual_seed(queries)
+    exact = [torch.randn(2, 3, size, 16, generator=generator, dtype=torch.float64) for size in (queries, 77, 77)]
+    seen_Q = torch.randint(1, 78, (queries,), generator=generator)
+    weight = torch.randn(exact[0].shape, generator=generator, dtype=torch.float64)
+    visible = torch.arange(77) < seen_Q[:, None]
+    results = []
+    for own in (True, False):
+        inputs = [x.bfloat16().to(torch.bfloat16 if own else torch.float64).requires_grad_() for x in exact]
+        mixed = attention.prefix_attention(*inputs, seen_Q) if own else F.scaled_dot_product_attention(*inputs, visible)
+        assert mixed is not None
+        (mixed * weight).sum().backward()
+        results.append([mixed, *(x.grad for x in inputs)])
+    for found, wanted in zip(*results, strict=True):
+        assert found is not None
+        assert wanted is not None
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.02 * float(wanted.detach().abs().max()))
+    rough = [x.float() for x in exact]
+    assert attention.prefix_attention(*rough, seen_Q) is None
 
 
 def test_its_rounding_stays_near_that_of_torchs_kernel() -> None:
@@ -43,7 +68,7 @@ def test_its_rounding_stays_near_that_of_torchs_kernel() -> None:
 def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(
-        attention, "_WholeScores", type("Seen", (), {"apply": lambda q, k, v: calls.append(len(q)) or q})
+        attention, "_WholeScores", type("Seen", (), {"apply": lambda q, k, v, seen: calls.append(len(q)) or q})
     )
     for dtype, positions, key_heads in (
         (torch.bfloat16, attention.WHOLE, 2),

@@ -192,7 +192,7 @@ FACTORED = TINY.autoencoder.override(latent=12, factored=True)
 CATEGORICAL = TINY.model_copy(update={"autoencoder": FACTORED, "head": CategoricalHeadConfig(blocks=2, steps=4)})
 MIXTURE = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2, inner=20)})
 RECALL = TINY.model_copy(update={"autoencoder": FACTORED, "head": MixtureHeadConfig(blocks=2, recall=2, grams=11)})
-WITH_INPUTS = [TINY.override(input=form) for form in ("latents", "both")]
+WITH_INPUTS = [TINY.override(input=form) for form in ("tables", "latents", "both")]
 
 
 @pytest.mark.parametrize(
@@ -266,15 +266,15 @@ def test_operations_are_those_that_torch_counts():
 
 
 @pytest.mark.parametrize("config", WITH_INPUTS, ids=lambda config: config.input)
-def test_operations_of_models_that_read_latents_are_those_that_torch_counts(config):
-    """At inference a patch is encoded when it is read; in training it is encoded as a target anyway."""
+def test_operations_of_models_with_other_inputs_are_those_that_torch_counts(config):
+    """A latent is encoded, at inference, when its patch is read; in training it is encoded as a target anyway."""
     model, patches, g = Calm(config).eval(), 7, torch.Generator().manual_seed(0)
     ids = torch.zeros(1, patches, 3, dtype=torch.long)
     found = calm_cost(config, context=patches).inference_split
     with torch.no_grad():
         assert counted(lambda: model.draw_tokens(model.states(ids), 1, g)) == pytest.approx(found.total * 3 * patches)
     assert calm_cost(config).training.autoencoder == calm_cost(TINY).training.autoencoder
-    encoder = calm_cost(TINY).training.autoencoder
+    encoder = calm_cost(TINY).training.autoencoder if config.reads_latents else 0
     assert found.autoencoder == pytest.approx(calm_cost(TINY).inference.autoencoder + encoder)
     autoregressive = AUTOREGRESSIVE.override(input=config.input)
     assert calm_cost(autoregressive).inference.autoencoder == encoder

@@ -36,7 +36,7 @@ def test_a_step_neither_reads_back_nor_makes_anything_on_the_processor(
     assert {name: value.device for name, value in metrics.items()} == dict.fromkeys(metrics, META)
     trained = [p for p in module.parameters() if p.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    hidden, _ = parameter_groups(module.named_parameters(), config.optim.override(name="muon"))
+    hidden, _, _ = parameter_groups(module.named_parameters(), config.optim.override(name="muon"))
     muon = Muon(hidden)
     with gated(muon, loss.isfinite() & norm.isfinite()):
         muon.step()

@@ -18,6 +18,7 @@ from nextvec.config import (
 )
 from nextvec.model.autoencoder import Autoencoder, gaussian_kl
 from nextvec.model.calm import Calm
+from nextvec.model.compressor import PlaceTables
 from nextvec.model.cross_entropy import linear_cross_entropy
 from nextvec.model.heads.autoregressive import AutoregressiveHead
 from nextvec.model.init import STD, initialise
@@ -118,6 +119,23 @@ def test_branches_equal_running_each_prefix_alone(model: Calm | TokenLM) -> None
         alone = said(model, model.states(sequence))
         torch.testing.assert_close(said(model, one)[:, p], alone[:, p + 1], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(said(model, two)[:, p], alone[:, p + 2], rtol=1e-10, atol=1e-10)
+
+
+def test_tables_of_places_are_a_compressor_whose_first_layer_is_looked_up() -> None:
+    """One of the same width, its product with each token's embedding in the place of the tables, and no bias."""
+    model, tokens = calm("tables"), ids(2, 5, 4)
+    tables = model.compressor
+    assert isinstance(tables, PlaceTables)
+    generator = torch.Generator().manual_seed(3)
+    embedding_VD = torch.randn(model.vocab_size, 10, generator=generator, dtype=torch.float64)
+    first_KDE = torch.randn(4, 24, 10, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        tables.embedding.weight.copy_((embedding_VD @ first_KDE.mT).flatten(0, 1))
+    hidden = F.silu(embedding_VD[tokens].flatten(-2) @ first_KDE.transpose(0, 1).flatten(1).T)
+    _, second, norm = tables.project
+    expected = F.layer_norm(second(hidden), (24,), norm.weight, norm.bias, 1e-6)
+    torch.testing.assert_close(tables(tokens), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(model.states(tokens), model.backbone(expected), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("form", ["tokens", "latents", "both"])

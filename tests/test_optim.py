@@ -20,7 +20,7 @@ from nextvec.train.polar import orthogonal
 def test_matrices_are_decayed_and_vectors_are_not() -> None:
     module = nn.ModuleDict({"embed": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "out": nn.Linear(4, 3)})
     module["out"].weight.requires_grad_(False)
-    hidden, rest = parameter_groups(module.named_parameters(), OptimSettings(name="adamw", weight_decay=0.1))
+    hidden, rest, _ = parameter_groups(module.named_parameters(), OptimSettings(name="adamw", weight_decay=0.1))
     assert hidden == []
     assert [(group["param_names"], group["weight_decay"]) for group in rest] == [
         (["embed.weight"], 0.1),
@@ -34,7 +34,9 @@ def test_muon_takes_hidden_matrices_and_adamw_lookups_readouts_and_vectors() -> 
         backbone=BackboneConfig(layers=1, width=8, inner=8, heads=2),
         head=EnergyHeadConfig(blocks=1, noise=4),
     )
-    hidden, rest = parameter_groups(Calm(config).named_parameters(), OptimSettings(name="muon", lr=0.1, matrix_lr=0.3))
+    hidden, rest, _ = parameter_groups(
+        Calm(config).named_parameters(), OptimSettings(name="muon", lr=0.1, matrix_lr=0.3)
+    )
     names = {name for group in hidden for name in group["param_names"]}
     assert "backbone.blocks.0.attention.out.weight" in names
     assert "head.blocks.0.gate_up.weight" in names
@@ -46,7 +48,7 @@ def test_muon_takes_hidden_matrices_and_adamw_lookups_readouts_and_vectors() -> 
     ]
     assert set(rest[0]["param_names"]) == {"compressor.embedding.weight", "head.noise_in.weight", "head.out.weight"}
     model = Autoencoder(config.autoencoder)
-    _, rest = parameter_groups(model.named_parameters(), OptimSettings(name="muon"))
+    _, rest, _ = parameter_groups(model.named_parameters(), OptimSettings(name="muon"))
     assert set(rest[0]["param_names"]) == {"embedding.weight", "to_latent.weight", "from_latent.weight"}
 
 

@@ -30,6 +30,7 @@ KINDS = {
 }
 INPUTS = {
     "tokens": "the tokens of a patch",
+    "tables": "the tokens of a patch, by a table for each place",
     "latents": "the latent of a patch, the posterior's mean",
     "both": "the tokens of a patch and its latent, the posterior's mean",
 }
@@ -140,7 +141,8 @@ def _loss(config: CalmRun) -> str:
 
 def _optimiser(optim: OptimSettings) -> str:
     name = f"Muon, rate {optim.matrix_lr:g}, and AdamW" if optim.name == "muon" else "AdamW"
-    return f"{name}, rate {optim.lr:g}; {optim.schedule} after {optim.warmup} steps of warm-up"
+    rows = "" if optim.rows_lr is None else f", row-wise Adagrad for n-grams, rate {optim.rows_lr:g}"
+    return f"{name}, rate {optim.lr:g}{rows}; {optim.schedule} after {optim.warmup} steps of warm-up"
 
 
 def _figure(value: Any) -> str:

@@ -127,7 +127,8 @@ class CalmConfig(Config):
     autoencoder: AutoencoderConfig
     backbone: BackboneConfig
     head: HeadConfig = EnergyHeadConfig()
-    input: Literal["tokens", "latents", "both"] = "tokens"  # what the backbone reads of a patch [P]
+    # What the backbone reads of a patch [P]; tables: its tokens, by a table for each place in the place of a product [D].
+    input: Literal["tokens", "tables", "latents", "both"] = "tokens"
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -141,7 +142,7 @@ class CalmConfig(Config):
     @property
     def reads_latents(self) -> bool:
         """Whether the backbone's input holds the latents of the patches read."""
-        return self.input != "tokens"
+        return self.input in ("latents", "both")
 
     @property
     def uses_autoencoder(self) -> bool:
@@ -249,6 +250,9 @@ class OptimSettings(Config):
     lr: Annotated[float, Field(gt=0)] = 3e-3  # peak rate of AdamW [D]; the paper, with adamw for everything: 3e-4
     matrix_lr: Annotated[float, Field(gt=0)] = 0.02  # peak rate of Muon, used by name="muon"
     momentum: Rate = 0.95  # Nesterov momentum of Muon
+    rows_lr: Annotated[float, Field(gt=0)] | None = (
+        None  # peak rate of row-wise Adagrad for n-grams; None: AdamW, as the rest
+    )
     beta1: Rate = 0.9
     beta2: Rate = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8

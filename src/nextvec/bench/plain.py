@@ -176,7 +176,7 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def plain_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     """AdamW parameter by parameter, whatever optimiser the settings name."""
-    _, groups = parameter_groups(module.named_parameters(), settings.override(name="adamw"))
+    _, groups, _ = parameter_groups(module.named_parameters(), settings.override(name="adamw", rows_lr=None))
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, foreach=False, fused=False
     )

@@ -28,7 +28,7 @@ from nextvec.train.compile import compile_blocks
 from nextvec.train.data import moved
 from nextvec.train.noise import TRAIN, generator_for
 from nextvec.train.objectives import build_objective
-from nextvec.train.optim import make_optimizer, rate_factor
+from nextvec.train.optim import clipped, make_optimizer, rate_factor
 
 Arm = Literal["ours", "plain"]
 DATA, OPTIMISER, OTHER = "data", "optimiser", "other"
@@ -66,8 +66,12 @@ class TrainStep:
         module = training_module(config)
         plain = arm == "plain"
         self.module = (plain_module(config, module) if plain else module).to(device)
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = (plain_optimizer if plain else make_optimizer)(self.module, config.optim)
+        self.optimizer = (
+            plain_optimizer(self.module, config.optim)
+            if plain
+            else make_optimizer(self.module, config.optim, alone=True)
+        )
+        self.parameters = clipped(self.optimizer)
         self._clip_by = False if plain else None  # foreach, as AdamW's
         self.batches = Batches(
             Stream(TokenShards.open(text), config.model.patch_size, config.data.packing),

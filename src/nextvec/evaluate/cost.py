@@ -176,7 +176,8 @@ def calm_cost(
     attention, mlp = backbone_operations(config.backbone, context)
     tokens, latents = config.input != "latents", config.reads_latents
     read = tokens * K * D + latents * config.autoencoder.latent  # numbers that the compressor reads of a patch
-    compressor = 2 * (read * 2 * D + 2 * D * D)
+    tables = config.input == "tables"  # their first layer is looked up
+    compressor = 2 * (D * D if tables else read * 2 * D + 2 * D * D)
     encoder, decoder = _autoencoder(config.autoencoder)
     reading = encoder if latents else 0
     written = candidates if decoded is None else decoded
@@ -213,8 +214,8 @@ def calm_cost(
 
     parameters = _backbone_parameters(
         config.backbone,
-        embedding=tokens * V * D,
-        compressor=(read + D) * 2 * D + 3 * D + 2 * D,  # two linears with biases, LayerNorm
+        embedding=tokens * V * D * (K if tables else 1),
+        compressor=(0 if tables else read * 2 * D + 2 * D) + (1 if tables else 2) * D * D + 3 * D,  # biases, LayerNorm
         head=head_parameters(config),
         autoencoder=_autoencoder_parameters(config.autoencoder),
     )

@@ -21,6 +21,7 @@ from nextvec.config import CalmConfig
 from nextvec.model.autoencoder import Autoencoder, Posterior
 from nextvec.model.backbone import Backbone, Trunk
 from nextvec.model.cache import KVCache
+from nextvec.model.compressor import build_compressor
 from nextvec.model.heads import build_head
 from nextvec.model.heads.codes import CodeBook
 from nextvec.model.heads.interface import Generators, Head, Metrics, ReadsContext, Sharpen
@@ -34,45 +35,6 @@ if TYPE_CHECKING:
 
     from nextvec.text.tokenizer import Tokenizer
 
-COMPRESSOR_EPS = 1e-6  # LayerNorm epsilon of the authors' code
-
-
-class Compressor(nn.Module):
-    """K token embeddings concatenated -> linear -> SiLU -> linear -> LayerNorm: (..., K) ids -> (..., D).
-
-    Where latents are read, (..., L), they stand beside the embeddings or in their place: `latent_in` holds their columns of
-    the first linear.
-    """
-
-    def __init__(self, config: CalmConfig) -> None:
-        super().__init__()
-        width, latent = config.backbone.width, config.autoencoder.latent
-        tokens = config.input != "latents"
-        self.embedding = nn.Embedding(config.vocab_size, width) if tokens else None
-        self.project = nn.Sequential(
-            nn.Linear(config.patch_size * width, 2 * width) if tokens else nn.Identity(),
-            nn.SiLU(),
-            nn.Linear(2 * width, width),
-            nn.LayerNorm(width, eps=COMPRESSOR_EPS),
-        )
-        self.latent_in = nn.Linear(latent, 2 * width, bias=not tokens) if config.reads_latents else None
-
-    def forward(self, ids_NK: Tensor, latent_NL: Tensor | None = None) -> Tensor:
-        if self.latent_in is None:
-            return self.project(self._embedded(ids_NK))
-        assert latent_NL is not None, "this compressor reads latents"
-        x = self.latent_in(latent_NL.to(self.latent_in.weight.dtype))
-        of_tokens, *rest = self.project
-        if self.embedding is not None:
-            x = x + of_tokens(self._embedded(ids_NK))
-        for layer in rest:
-            x = layer(x)
-        return x
-
-    def _embedded(self, ids_NK: Tensor) -> Tensor:
-        assert self.embedding is not None
-        return self.embedding(ids_NK).flatten(-2)
-
 
 class Calm(nn.Module):
     """The whole model. Constructing it does no I/O; pass a trained `autoencoder` or load a run directory."""
@@ -83,7 +45,7 @@ class Calm(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.packed = False  # trained on packed documents, where no patch is padded
         self.context_tokens: int | None = None  # tokens of a training window, where it is known
-        self.compressor = Compressor(config)
+        self.compressor = build_compressor(config)
         self.backbone = Backbone(config.backbone)
         self.head = build_head(config)
         self._reads_context = isinstance(self.head, ReadsContext)  # asked once: a protocol takes 10 us to ask

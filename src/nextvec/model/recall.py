@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextvec.model.attention import causal_attention, prefix_attention
 from nextvec.model.backbone import attend_branch
 from nextvec.model.cache import KVCache
 from nextvec.model.layers import embedded, rotary_dtype
@@ -104,7 +105,7 @@ class Recall(nn.Module):
         parts = self.parts(tokens, ids_RT.numel())
         memory = self.memory(ids_RT, parts)
         query = self._split(parts.last(ids_RT) + _after(parts.before(ids_RT))).to(memory.keys.dtype)
-        return self._answer(F.scaled_dot_product_attention(query, *memory, is_causal=True))
+        return self._answer(causal_attention(query, *memory))
 
     def memory(self, ids_RT: Tensor, parts: Parts) -> Memory:
         """Of texts of ids (R, T)."""
@@ -230,6 +231,10 @@ def _attend(query_RHQE: Tensor, memory: Memory, seen_RQ: Tensor) -> Tensor:
 
     On a CPU long runs of queries go in pieces, over no more tokens than they see.
     """
+    if len(seen_RQ) == 1 and torch.is_grad_enabled():
+        mixed_RHQE = prefix_attention(query_RHQE, *memory, seen_RQ[0])
+        if mixed_RHQE is not None:
+            return mixed_RHQE
     size, on_cpu = query_RHQE.shape[2], query_RHQE.device.type == "cpu"
     step = -(-size // QUERY_CHUNKS) if on_cpu and size > 16 * QUERY_CHUNKS else size
     mixed = []

@@ -110,7 +110,7 @@ def convert_back(run: str | Path, destination: Path) -> ModelRun:
         raise ConfigError(f"{run} has the {config.model.head.kind} head, which the published format does not know")
     if isinstance(config.model, CalmConfig) and getattr(config.model.head, "predicts", "velocity") == "latent":
         raise ConfigError(f"{run} has a flow head that predicts the latent, which the published format does not know")
-    if isinstance(config.model, CalmConfig) and config.model.reads_latents:
+    if isinstance(config.model, CalmConfig) and config.model.input != "tokens":
         raise ConfigError(f"{run} has the input {config.model.input}, which the published format does not know")
     inner = config.model.autoencoder if isinstance(config.model, CalmConfig) else config.model
     variants = {

@@ -12,25 +12,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nextvec.config import OptimSettings
+from nextvec.model.grams import Grams
 from nextvec.train.muon import Muon, ShardedMuon
+from nextvec.train.rows import RowAdagrad, sparse_gradients
 
 # Matrices with a vocabulary, latent, noise or time side: lookups and read-outs, which stay with AdamW (as Muon's author advises).
 EDGES = ("embedding", "output", "noise_in", "to_latent", "from_latent", "head.out", "latent_in", "time_in", "net.out")
+ROWS = "grams.embedding"  # tables of which a step touches few rows
 
 
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(groups for Muon, groups for AdamW). Everything with two or more dimensions is decayed, vectors are not [P].
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups for Muon, AdamW and RowAdagrad. What the first two have of two or more dimensions is decayed, vectors are not [P].
 
     Parameters that need no gradient are left out. Each group keeps the names, in the order of the module, and its peak rate.
     """
-    chosen: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "edge": [], "vector": []}
+    chosen: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "edge": [], "vector": [], "rows": []}
     for name, parameter in named:
         if parameter.requires_grad:
-            chosen[
-                _role(name, parameter) if settings.name == "muon" else "edge" if parameter.ndim >= 2 else "vector"
-            ].append((name, parameter))
+            chosen[_role(name, parameter, settings)].append((name, parameter))
 
     def group(role: str, rate: float, decay: float) -> list[dict[str, Any]]:
         members = chosen[role]
@@ -40,18 +41,18 @@ def parameter_groups(
         return [{"params": parameters, "param_names": names, "weight_decay": decay, "lr": rate, "peak_lr": rate}]
 
     decay = settings.weight_decay
-    return group("hidden", settings.matrix_lr, decay), group("edge", settings.lr, decay) + group(
-        "vector", settings.lr, 0.0
-    )
+    adamw = group("edge", settings.lr, decay) + group("vector", settings.lr, 0.0)
+    return group("hidden", settings.matrix_lr, decay), adamw, group("rows", settings.rows_lr or 0.0, 0.0)
 
 
-def make_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, settings: OptimSettings, alone: bool = False) -> torch.optim.Optimizer:
     """The optimiser that `settings` names, over the trained parameters of `module`, whole or sharded, on its device.
 
-    AdamW runs in one fused pass where torch has it for the device.
+    AdamW runs in one fused pass where torch has it for the device. alone: no other process has a part in the gradient, so that
+    on a CPU those of tables with `rows_lr` may be sparse.
     """
-    hidden, rest = parameter_groups(module.named_parameters(), settings)
-    assert hidden or rest, "nothing to train: no parameter requires a gradient"
+    hidden, rest, rows = parameter_groups(module.named_parameters(), settings)
+    assert hidden or rest or rows, "nothing to train: no parameter requires a gradient"
     device = next(p for p in module.parameters() if p.requires_grad).device.type
     fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device in ("cpu", "cuda", "mps")
     adamw = torch.optim.AdamW(
@@ -59,10 +60,15 @@ def make_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Op
     )
     if fused:
         adamw.register_step_post_hook(_count_step)
-    if not hidden:
-        return adamw
-    muon = ShardedMuon if isinstance(hidden[0]["params"][0], DTensor) else Muon
-    return MuonAdamW(muon(hidden, momentum=settings.momentum), adamw)
+    parts: list[torch.optim.Optimizer] = [adamw]
+    if hidden:
+        muon = ShardedMuon if isinstance(hidden[0]["params"][0], DTensor) else Muon
+        parts.insert(0, muon(hidden, momentum=settings.momentum))
+    if rows:  # first, so that the last group's rate, which is shown, is AdamW's
+        tables = (each.embedding for each in module.modules() if isinstance(each, Grams))
+        sparse_gradients(tables, wanted=alone and device == "cpu")
+        parts.insert(0, RowAdagrad(rows))
+    return parts[0] if len(parts) == 1 else Combined(parts)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -71,16 +77,16 @@ def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         torch.autograd.graph.increment_version([p for p in group["params"] if not isinstance(p, DTensor)])
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024; `nextvec.train.muon`) and AdamW as one optimiser with one state and one list of groups."""
+class Combined(torch.optim.Optimizer):
+    """Several as one, with one state and one list of groups: Muon (Jordan et al. 2024; muon.py), AdamW, RowAdagrad (rows.py)."""
 
-    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
-        self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Let both parts work on this optimiser's groups and state."""
+        """Let all parts work on this optimiser's groups and state."""
         first = 0
         for part in self.parts:
             last = first + len(part.param_groups)
@@ -109,7 +115,7 @@ def gated(optimizer: torch.optim.Optimizer, good: Tensor) -> Iterator[None]:
 
     By the attribute that torch's fused kernels read for gradient scaling, and `Muon` as well.
     """
-    parts: Sequence[Any] = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
+    parts: Sequence[Any] = optimizer.parts if isinstance(optimizer, Combined) else (optimizer,)
     bad = good.logical_not().float()
     for part in parts:
         part.found_inf = bad
@@ -134,8 +140,19 @@ def rate_factor(step: int, progress: float, steps: int, settings: OptimSettings)
     return min(warm, (1.0 - progress) / (1.0 - settings.warmup / steps))
 
 
-def _role(name: str, parameter: nn.Parameter) -> str:
+def clipped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What a limit on the gradient's norm is for: all but what RowAdagrad has, which divides by the size of gradients."""
+    parts = optimizer.parts if isinstance(optimizer, Combined) else (optimizer,)
+    return [
+        p for part in parts if not isinstance(part, RowAdagrad) for group in part.param_groups for p in group["params"]
+    ]
+
+
+def _role(name: str, parameter: nn.Parameter, settings: OptimSettings) -> str:
+    layer = name.removesuffix(".weight")
+    if settings.rows_lr is not None and layer.endswith(ROWS):
+        return "rows"
     if parameter.ndim < 2:
         return "vector"
-    layer = name.removesuffix(".weight")
-    return "edge" if any(layer == edge or layer.endswith(f".{edge}") for edge in EDGES) else "hidden"
+    edge = settings.name == "adamw" or any(layer == each or layer.endswith(f".{each}") for each in EDGES)
+    return "edge" if edge else "hidden"

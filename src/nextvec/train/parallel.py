@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from nextvec.config import RunConfig
 from nextvec.hardware import Precision
-from nextvec.model.calm import Compressor
+from nextvec.model.compressor import Compressor, PlaceTables
 from nextvec.train import checkpoint, parts
 from nextvec.train.auxiliary import NextPatchTokens
 from nextvec.train.checkpoint import Checkpoint, Snapshot, TrainState
 from nextvec.train.compile import compile_regions_of
-from nextvec.train.optim import gated, make_optimizer
+from nextvec.train.optim import clipped, gated, make_optimizer
 from nextvec.train.outcomes import steps_behind
 from nextvec.train.world import World, make_accelerator
 
@@ -49,8 +49,8 @@ class Whole:
         self.behind = steps_behind(device)
         self.accelerator = make_accelerator(device, precision, config, batches)
         self.bare = module.to(device).train()
-        self.optimizer = make_optimizer(self.bare, config.optim)
-        self.parameters = [p for p in self.bare.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.bare, config.optim, alone=world.size == 1)
+        self.parameters = clipped(self.optimizer)
         self.sums = _restored(found, self.bare, self.optimizer)
         self.running, self._stepper = self.accelerator.prepare(self.bare, self.optimizer)
         self.trial = self.bare  # for a step that counts for nothing: no process waits for another
@@ -130,8 +130,8 @@ class Sharded:
         if precision == "bf16":
             self.running.forward = self.autocast()(self.running.forward)
         self.optimizer = make_optimizer(self.running, config.optim)
+        self.parameters = clipped(self.optimizer)
         ours, theirs = dict(self.running.named_parameters()), dict(self.bare.named_parameters())
-        self.parameters = [ours[name] for name in trained]
         self._pairs = [(theirs[name], ours[name]) for name in trained]
         self.sums = _restored(found, self.running, self.optimizer)
         self.trial = self.running
@@ -226,4 +226,7 @@ def _sharded_copy(module: nn.Module, device: torch.device) -> nn.Module:
 
 def _units(module: nn.Module) -> list[nn.Module]:
     """What is put together at a time, beside the rest: a repeated block, or a part that holds a matrix over the vocabulary."""
-    return [*compile_regions_of(module), *(p for p in module.modules() if isinstance(p, Compressor | NextPatchTokens))]
+    return [
+        *compile_regions_of(module),
+        *(p for p in module.modules() if isinstance(p, Compressor | PlaceTables | NextPatchTokens)),
+    ]

@@ -76,6 +76,8 @@ def restore(found: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimiz
             like, dtype = wanted.get(name), each.properties.dtype
             if like is not None and like.shape == each.size:  # sharded as its parameter is
                 tensors[key] = torch.zeros_like(like, dtype=dtype)
+            elif like is not None and like.dim() == 2 and each.size == (len(like), 1):  # a number of each of its rows
+                tensors[key] = torch.zeros_like(like.detach()[:, :1], dtype=dtype)
             else:
                 tensors[key] = torch.zeros(each.size, dtype=dtype)
     _read(found, tensors)
