@@ -199,7 +199,13 @@ def test_another_head_leaves_behind_what_only_the_parents_has(tmp_path: Path) ->
     path.write_text("from: fast/calm\nmodel: {head: {kind: flow, teacher_draws: 2}}\n")
     assert read_settings(str(path))["model"]["head"] == {"kind": "flow", "blocks": 1, "teacher_draws": 2}
     path.write_text("from: fast/calm\nmodel.head.blocks: 2\n")
-    assert read_settings(str(path))["model"]["head"] == {"kind": "mixture", "blocks": 2, "recall": 1, "grams": 131072}
+    assert read_settings(str(path))["model"]["head"] == {
+        "kind": "mixture",
+        "blocks": 2,
+        "inner": 512,
+        "recall": 1,
+        "grams": 131072,
+    }
 
 
 def test_a_file_of_ones_own_stands_on_others(tmp_path: Path) -> None:

@@ -229,3 +229,21 @@ def test_what_an_update_of_muon_costs(capsys: pytest.CaptureFixture[str]) -> Non
     assert float(torchs.split()[1]) > 0
     assert float(ours.split()[1]) > 0
     assert float(values.split()[-1]) < 1.35
+
+
+def test_what_steps_with_other_settings_take(capsys: pytest.CaptureFixture[str]) -> None:
+    small = "data.context_tokens=32 data.rows=1 model.{}grams=64"
+    for arm, place in (("calm", "head."), ("token", "")):
+        variants = [small.format(place), small.format(place) + " optim.rows_lr=null"]
+        benchmark("step_variants")([arm, *variants, "--layers", "1", "--repeats", "1"])
+        head, *lines = capsys.readouterr().out.splitlines()
+        assert head.startswith(f"{arm}, ")
+        assert [line.split(": ")[1] for line in lines] == variants
+        assert " 1.000 times" in lines[0]
+
+
+def test_what_attention_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark("attention_speed")(["--heads", "1", "--positions", "9", "130", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["causal", "by patch"] * 2
+    assert all(float(line.split(": ")[1].split()[0]) > 0 for line in lines)
