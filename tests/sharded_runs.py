@@ -48,7 +48,12 @@ KINDS: dict[str, dict[str, Any]] = {  # the other kinds of run, shorter
     "categorical": {"kind": "calm", "model": {"autoencoder": FACTORED, "head": {"kind": "categorical"}}, "steps": 3},
     "mixture": {
         "kind": "calm",
-        "model": {"autoencoder": FACTORED, "head": {"kind": "mixture", "blocks": 1, "recall": 1, "grams": 9}},
+        "model": {
+            "autoencoder": FACTORED,
+            "head": {"kind": "mixture", "blocks": 1, "recall": 1, "grams": 9},
+            "input": "tables",
+        },
+        "optim": {"rows_lr": 0.3},
         "steps": 8,
     },
     "latents read": {"kind": "calm", "model": {"input": "both"}, "steps": 3},

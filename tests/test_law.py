@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nextvec.cli import main
+from nextvec.config import MixtureHeadConfig, OptimSettings
 from nextvec.errors import ConfigError, DataError
 from nextvec.files import read_json, write_json
 from nextvec.law.fit import Law, fit
@@ -22,7 +23,7 @@ from nextvec.law.points import Grid, backbone_parameters, encoder_flops, read_gr
 from nextvec.scoring.brier import Protocol, summarise
 from nextvec.sweep.folder import write_sweep
 from nextvec.sweep.plan import Vocabulary, flops_per_token, make_jobs, tokens_per_step
-from nextvec.sweep.spec import read_spec
+from nextvec.sweep.spec import Row, SweepSpec, read_spec
 
 PROTOCOL = Protocol("documents-512", "t" * 64, 512, "patch_starts", 8, 4, "all_pairs", "argmax", 12, "d" * 64, 0)
 Truth = Callable[[float, float, int], float]  # Brier-1 of N, D and K
@@ -258,3 +259,21 @@ def test_the_command_refuses_in_one_sentence(
     found = capsys.readouterr().err
     assert sentence in found
     assert found.count("\n") == 1
+
+
+def test_the_shipped_law_is_that_of_its_published_rows() -> None:
+    """Whatever the fast settings, on which it stands, have become."""
+    spec = read_spec("law")
+    folder = Path(__file__).parents[1] / "docs" / "results" / "law"
+    published = spec.override(base=read_json(folder / "sweep.json", "sweep")["spec"]["base"])
+
+    def whole(of: SweepSpec, row: Row) -> dict[str, Any]:
+        """With the defaults of what the fast settings may change."""
+        settings = of.settings(row, row.stage, 0)
+        model = {"input": "tokens", **settings["model"]}
+        if row.stage == "lm":
+            model["head"] = MixtureHeadConfig.parse(model["head"])
+        return {**settings, "model": model, "optim": OptimSettings.parse(settings["optim"])}
+
+    for row in spec.points():
+        assert whole(spec, row) == whole(published, row)

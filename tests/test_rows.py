@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from nextvec.config import CalmConfig, OptimSettings
+from nextvec.card import model_card
+from nextvec.config import CalmConfig, OptimSettings, parse_run
 from nextvec.model.calm import Calm
 from nextvec.model.grams import Grams
-from nextvec.train import checkpoint
+from nextvec.train import checkpoint, parallel
 from nextvec.train.muon import Muon
 from nextvec.train.optim import Combined, clipped, gated, make_optimizer, parameter_groups
 from nextvec.train.rows import EPS, RowAdagrad
+from nextvec.train.world import World
 from test_checkpoint import state
 
+TOKENS = {"vocab_size": 40, "backbone": {"layers": 1, "width": 8, "inner": 8, "heads": 1}}
 ROWS = OptimSettings.parse({"rows_lr": 0.5})
 
 
@@ -119,6 +122,30 @@ def test_who_gets_which_parameters() -> None:
     trained = sum(p.requires_grad for p in model.parameters())
     assert len(clipped(optimizer)) == trained - 1
     assert len(clipped(make_optimizer(model, OptimSettings()))) == trained
+
+
+def test_gradients_are_dense_again_for_whom_row_wise_adagrad_is_not(tmp_path: Path) -> None:
+    net = Net()
+    assert make_optimizer(net, ROWS, True) is not None
+    assert net.grams.embedding.sparse
+    optimizer = make_optimizer(net, OptimSettings(), True)
+    net.loss(ids(0)).backward()
+    optimizer.step()
+    make_optimizer(net, ROWS, True)
+    config = parse_run({"kind": "token_lm", "data": {"path": "x"}, "model": TOKENS, "optim": {"rows_lr": 0.5}}, "test")
+    whole = parallel.Whole(net, config, World(), torch.device("cpu"), "fp32", 1, None)
+    assert net.grams.embedding.sparse
+    whole.close()
+    assert not net.grams.embedding.sparse
+
+
+def test_a_card_names_it_where_there_are_n_grams() -> None:
+    for grams, named in ((16, True), (0, False)):
+        model = TOKENS | {"recall": 1, "grams": grams}
+        config = parse_run({"kind": "token_lm", "data": {"path": "x"}, "model": model, "optim": {"rows_lr": 0.25}}, "t")
+        trained = {"step": 1, "tokens": 2, "seconds": 3.0}
+        card = model_card(config, nn.Linear(2, 2), "hash", trained)
+        assert ("row-wise Adagrad for n-grams, rate 0.25" in card) is named
 
 
 def test_a_checkpoint_brings_the_sums_back(tmp_path: Path) -> None:

@@ -558,3 +558,5 @@ def test_rates_that_were_kept_before_a_setting_existed_still_count(tmp_path: Pat
     for more in ({"inner": 7}, {"grams": 64}):
         other = run.override(model=run.model.override(head=run.model.head.override(**more)))
         assert rates.key(other) != "e3142338febc"
+    assert rates.key(run.override(optim=run.optim.override(lr=0.5))) == "e3142338febc"
+    assert rates.key(run.override(optim=run.optim.override(rows_lr=0.5))) != "e3142338febc"

@@ -15,7 +15,6 @@ from nextvec.config import (
     ImportedRun,
     MixtureHeadConfig,
     ModelRun,
-    OptimSettings,
     RunConfig,
     TokenLMRun,
 )
@@ -56,7 +55,7 @@ def model_card(config: RunConfig, model: nn.Module, tokenizer_hash: str, trained
         f"| context length | {data.context_tokens:,} tokens |",
         f"| training | {trained['step']:,} steps, {trained['tokens']:,} tokens, {trained['seconds']:,.0f} s; "
         f"seed {config.train.seed} |",
-        f"| optimiser | {_optimiser(config.optim)} |",
+        f"| optimiser | {_optimiser(config)} |",
     ]
     if isinstance(config, CalmRun):
         lines.append(f"| input | {INPUTS[config.model.input]} |")
@@ -139,9 +138,14 @@ def _loss(config: CalmRun) -> str:
     return f"energy loss of S = {energy.draws} draws, {teacher}"
 
 
-def _optimiser(optim: OptimSettings) -> str:
+def _optimiser(config: RunConfig) -> str:
+    optim, holder = config.optim, config.model.head if isinstance(config, CalmRun) else config.model
     name = f"Muon, rate {optim.matrix_lr:g}, and AdamW" if optim.name == "muon" else "AdamW"
-    rows = "" if optim.rows_lr is None else f", row-wise Adagrad for n-grams, rate {optim.rows_lr:g}"
+    rows = (
+        ""
+        if optim.rows_lr is None or not getattr(holder, "grams", 0)
+        else f", row-wise Adagrad for n-grams, rate {optim.rows_lr:g}"
+    )
     return f"{name}, rate {optim.lr:g}{rows}; {optim.schedule} after {optim.warmup} steps of warm-up"
 
 

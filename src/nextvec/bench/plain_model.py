@@ -216,7 +216,7 @@ class Calm(nn.Module):
             raise ConfigError(
                 f"the plain arm has the energy head alone, and this model the {config.head.kind} head: --no-plain"
             )
-        if config.reads_latents:
+        if config.input != "tokens":
             raise ConfigError(f"the plain arm reads tokens, and this model has the input {config.input}: --no-plain")
         width = config.backbone.width
         self.noise = config.head.noise

@@ -76,7 +76,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     bfloat16 on a CPU, up to WHOLE positions, as many key heads as heads: the whole matrix of weights, softmax in float32.
     Otherwise, and in compiled code, `F.scaled_dot_product_attention`, its slow twin.
     """
-    if not _pays(query, key):
+    if query.shape != key.shape or not _pays(query, key):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape != key.shape)
     return _WholeScores.apply(query, key, value, torch.arange(1, query.shape[-2] + 1))
 

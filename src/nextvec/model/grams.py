@@ -7,17 +7,18 @@ its own text, recall.py finds. Legend: N any leading dimensions, D width, G = 64
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextvec.model.packed import Kept
+from nextvec.model.packed import Kept, product_with
 
 ORDERS = (2, 3)  # tokens of an n-gram
 LONGEST = max(ORDERS)
 DIM = 64  # G
-MOST_MADE = 1 << 25  # numbers of the table that is made where no gradient is wanted
+MOST_MADE = 1 << 27  # bytes of the table that is made where no gradient is wanted
 # Random odd numbers below 2^43: with ids below 2^18 the sum of three products stays below 2^63. Its upper bits are the hash.
 FACTORS = ((0, 7_510_479_303_567, 6_611_278_104_569), (7_992_990_693_925, 8_524_812_017_577, 4_845_837_026_885))
 SHIFT = 20
@@ -35,6 +36,7 @@ class Grams(nn.Module):
         self.embedding = nn.Embedding(len(ORDERS) * buckets, DIM)
         self.up = nn.Linear(len(ORDERS) * DIM, width, bias=False)
         self._made = Kept[Tensor]()
+        self._product = Kept[Callable[[Tensor], Tensor]]()
 
     def zero_initialised(self) -> list[Tensor]:
         return [self.up.weight]
@@ -42,8 +44,12 @@ class Grams(nn.Module):
     def forward(self, last_N3: Tensor) -> Tensor:
         """Of the last three ids, the last one last; -1 before a text begins."""
         rows_N2 = self.rows(last_N3)
-        if torch.is_grad_enabled() or self.embedding.num_embeddings * self.up.out_features > MOST_MADE:
+        if torch.is_grad_enabled():
             return self.up(self.embedding(rows_N2).flatten(-2))
+        up, table = self.up.weight, self.embedding.weight
+        if len(table) * len(up) * up.element_size() > MOST_MADE:
+            product = self._product.of((up,), lambda: product_with(up))
+            return product(F.embedding(rows_N2, table).flatten(-2))
         return F.embedding(rows_N2, self._made.of((self.embedding.weight, self.up.weight), self._table)).sum(-2)
 
     def rows(self, last_N3: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class Rates:
 
     def key(self, run: RunConfig) -> str:
         plain = _without_free(run.model_dump(mode="json"))
-        plain["optim"] = plain["optim"]["name"]
+        # Of the optimiser's settings only these change how long a step takes; without rows_lr the key is what it always was.
+        plain["optim"] = plain["optim"]["name"] + (" and rows" if plain["optim"]["rows_lr"] is not None else "")
         return digest({**plain, "device": self.device.type})[:12]
 
     def _measure(self, run: RunConfig) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nextvec.config import OptimSettings
-from nextvec.model.grams import Grams
 from nextvec.train.muon import Muon, ShardedMuon
 from nextvec.train.rows import RowAdagrad, sparse_gradients
 
@@ -52,7 +51,7 @@ def make_optimizer(module: nn.Module, settings: OptimSettings, alone: bool = Fal
     on a CPU those of tables with `rows_lr` may be sparse.
     """
     hidden, rest, rows = parameter_groups(module.named_parameters(), settings)
-    assert hidden or rest or rows, "nothing to train: no parameter requires a gradient"
+    assert hidden or rest, "nothing to train: no parameter but tables requires a gradient"
     device = next(p for p in module.parameters() if p.requires_grad).device.type
     fused = "fused" in inspect.signature(torch.optim.AdamW).parameters and device in ("cpu", "cuda", "mps")
     adamw = torch.optim.AdamW(
@@ -64,9 +63,8 @@ def make_optimizer(module: nn.Module, settings: OptimSettings, alone: bool = Fal
     if hidden:
         muon = ShardedMuon if isinstance(hidden[0]["params"][0], DTensor) else Muon
         parts.insert(0, muon(hidden, momentum=settings.momentum))
+    sparse_gradients(module, wanted=bool(rows) and alone and device == "cpu")
     if rows:  # first, so that the last group's rate, which is shown, is AdamW's
-        tables = (each.embedding for each in module.modules() if isinstance(each, Grams))
-        sparse_gradients(tables, wanted=alone and device == "cpu")
         parts.insert(0, RowAdagrad(rows))
     return parts[0] if len(parts) == 1 else Combined(parts)
 

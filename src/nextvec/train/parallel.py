@@ -22,12 +22,14 @@ from torch.distributed.tensor import DTensor
 from nextvec.config import RunConfig
 from nextvec.hardware import Precision
 from nextvec.model.compressor import Compressor, PlaceTables
+from nextvec.model.grams import Grams
 from nextvec.train import checkpoint, parts
 from nextvec.train.auxiliary import NextPatchTokens
 from nextvec.train.checkpoint import Checkpoint, Snapshot, TrainState
 from nextvec.train.compile import compile_regions_of
 from nextvec.train.optim import clipped, gated, make_optimizer
 from nextvec.train.outcomes import steps_behind
+from nextvec.train.rows import sparse_gradients
 from nextvec.train.world import World, make_accelerator
 
 
@@ -97,6 +99,7 @@ class Whole:
 
     def close(self) -> nn.Module:
         """The caller's module as it was given, without what training wrapped around it."""
+        sparse_gradients(self.bare, wanted=False)
         self.accelerator.unwrap_model(self.running, keep_fp32_wrapper=False)
         return self.bare
 
@@ -225,8 +228,8 @@ def _sharded_copy(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _units(module: nn.Module) -> list[nn.Module]:
-    """What is put together at a time, beside the rest: a repeated block, or a part that holds a matrix over the vocabulary."""
+    """What is put together at a time, beside the rest: a repeated block, or a part that holds a large table."""
     return [
         *compile_regions_of(module),
-        *(p for p in module.modules() if isinstance(p, Compressor | PlaceTables | NextPatchTokens)),
+        *(p for p in module.modules() if isinstance(p, Compressor | PlaceTables | Grams | NextPatchTokens)),
     ]

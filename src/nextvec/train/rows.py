@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nextvec.model.grams import Grams
+
 EPS = 1e-12  # beside root mean squares of gradients, which are some 1e-5 for rows that are touched
 
 
@@ -64,7 +66,8 @@ def _sparse(table: Tensor, gradient: Tensor, state: dict[str, Any], rate: float,
     table.index_add_(0, rows, values / total.sqrt().add_(EPS), alpha=-rate)
 
 
-def sparse_gradients(tables: Iterable[nn.Embedding], wanted: bool) -> None:
-    """Let the gradients of these tables be sparse, or dense, as they are where processes or a GPU's fused passes see them."""
-    for table in tables:
-        table.sparse = wanted
+def sparse_gradients(module: nn.Module, wanted: bool) -> None:
+    """Let the gradients of n-grams be sparse, which only RowAdagrad in one process takes, or dense, as they usually are."""
+    for part in module.modules():
+        if isinstance(part, Grams):
+            part.embedding.sparse = wanted
