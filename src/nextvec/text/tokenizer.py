@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,9 +101,14 @@ class TextTokenizer:
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text in which special tokens, written out, mean themselves; for text that no user wrote."""
+        return list(self._marked.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        """A second one, made at the first text that needs it: of a large vocabulary that takes a tenth of a second."""
         marked = tokenizers.Tokenizer.from_str(self._core.to_str())
         marked.encode_special_tokens = False
-        return list(marked.encode(text, add_special_tokens=False).ids)
+        return marked
 
     def split(self, text: str) -> list[str]:
         """Cut a very long text into pieces whose ids, one after the other, are the ids of the whole.
