@@ -127,8 +127,7 @@ class CalmConfig(Config):
     autoencoder: AutoencoderConfig
     backbone: BackboneConfig
     head: HeadConfig = EnergyHeadConfig()
-    # What the backbone reads of a patch [P]; tables: its tokens, by a table for each place in the place of a product [D].
-    input: Literal["tokens", "tables", "latents", "both"] = "tokens"
+    input: Literal["tokens", "tables", "latents", "both"] = "tokens"  # of a patch; tables: tokens, a table a place [D]
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -250,9 +249,7 @@ class OptimSettings(Config):
     lr: Annotated[float, Field(gt=0)] = 3e-3  # peak rate of AdamW [D]; the paper, with adamw for everything: 3e-4
     matrix_lr: Annotated[float, Field(gt=0)] = 0.02  # peak rate of Muon, used by name="muon"
     momentum: Rate = 0.95  # Nesterov momentum of Muon
-    rows_lr: Annotated[float, Field(gt=0)] | None = (
-        None  # peak rate of row-wise Adagrad for n-grams; None: AdamW, as the rest
-    )
+    rows_lr: Annotated[float, Field(gt=0)] | None = None  # peak rate of Adagrad by row for n-grams; None: AdamW
     beta1: Rate = 0.9
     beta2: Rate = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
