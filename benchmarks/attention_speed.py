@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/attention_speed.py --heads 1 3 --positions 255 1020
 
-Causal attention, as in the backbone and the token Transformer's recall; and that of a patch model's recall, where every query of
-a patch of 4 sees the patches before it. Milliseconds, medians of the repeats.
+Causal attention, as in the backbone and the token Transformer's recall; and that of a patch model's recall, where
+4 queries each see the same whole patches of 4. Milliseconds, medians of the repeats.
 """
 
 from __future__ import annotations

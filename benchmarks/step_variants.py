@@ -20,7 +20,7 @@ import torch
 from nextvec.config import RunConfig, apply_overrides, parse_run
 from nextvec.process import keep_freed_memory
 from nextvec.recipes import arena
-from nextvec.sweep.estimate import _TimedStep
+from nextvec.sweep.estimate import TimedStep
 
 VOCABULARY = 2048
 KINDS = {"calm": "calm", "multi-token": "calm", "token": "token_lm", "autoencoder": "autoencoder"}
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [run_of(chosen.arm, chosen.layers, changes) for changes in chosen.variants]
     print(f"{chosen.arm}, {torch.get_num_threads()} threads")
     with TemporaryDirectory() as folder:
-        steps = [_TimedStep(run, Path(folder) / str(at), torch.device("cpu")) for at, run in enumerate(runs)]
+        steps = [TimedStep(run, Path(folder) / str(at), torch.device("cpu")) for at, run in enumerate(runs)]
         for _ in range(chosen.repeats):
             for step in steps:
                 step()

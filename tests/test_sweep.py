@@ -458,7 +458,7 @@ def test_models_that_are_compared_are_measured_in_turn_until_the_least_of_each_h
         def entry(self) -> dict[str, Any]:
             return {"seconds": min(self.taken), "how": "measured"}
 
-    monkeypatch.setattr(estimate, "_TimedStep", Scripted)
+    monkeypatch.setattr(estimate, "TimedStep", Scripted)
     jobs = [replace(job, run=run, autoencoder=None) for run in (first, known, wide, first)]
     rates.in_turn(jobs)
     assert [rates(run) for run in (first, wide, known)] == [3.0, 2.0, 7.0], "the quickest, though it came late"

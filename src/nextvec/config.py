@@ -127,7 +127,7 @@ class CalmConfig(Config):
     autoencoder: AutoencoderConfig
     backbone: BackboneConfig
     head: HeadConfig = EnergyHeadConfig()
-    input: Literal["tokens", "tables", "latents", "both"] = "tokens"  # of a patch; tables: tokens, a table a place [D]
+    input: Literal["tokens", "tables", "latents", "both"] = "tokens"  # read of a patch [P]; tables: [D], docs/method.md
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

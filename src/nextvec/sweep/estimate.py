@@ -94,7 +94,7 @@ class Rates:
         if self.flops is not None or not self._measurable(run):
             return {"seconds": self.counted(run), "how": "counted"}
         with TemporaryDirectory() as folder:
-            timed = _TimedStep(run, Path(folder), self.device)
+            timed = TimedStep(run, Path(folder), self.device)
             while len(timed.wall) < MEASURED_STEPS and sum(timed.wall) < MEASURED_SECONDS:
                 timed()
         return timed.entry()
@@ -126,7 +126,7 @@ class Rates:
         return tokens_per_step(run) * flops_per_token(run) / rate
 
 
-class _TimedStep:
+class TimedStep:
     """Training steps of a model on text of no meaning, timed; warm."""
 
     def __init__(self, run: RunConfig, folder: Path, device: torch.device) -> None:
@@ -162,7 +162,7 @@ class _TimedStep:
 def _settled(runs: Sequence[tuple[str, RunConfig]], device: torch.device) -> dict[str, dict[str, Any]]:
     """By key: steps in turn until, for SETTLED rounds, none was quicker than before by more than can be chance."""
     with TemporaryDirectory() as folder:
-        timed = {key: _TimedStep(run, Path(folder) / key, device) for key, run in runs}
+        timed = {key: TimedStep(run, Path(folder) / key, device) for key, run in runs}
         began, quiet = time.monotonic(), 0
         while quiet < SETTLED and time.monotonic() - began < LONGEST:
             fell = [step() for step in timed.values()]

@@ -36,10 +36,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all matrices that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             bad: Tensor | None = getattr(self, "found_inf", None)
             for parameter, gradient, buffer in self._members(group):
@@ -61,6 +58,14 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter.grad)
             members.append((parameter, parameter.grad, state["momentum_buffer"]))
         return members
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What the `closure` of an optimiser's step gives, if there is one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 @functools.cache
@@ -110,10 +115,7 @@ class ShardedMuon(Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all matrices that have a gradient; every process of the mesh calls it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             local = [
                 (parameter, gradient.to_local(), momentum.to_local())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nextvec.config import OptimSettings
-from nextvec.train.muon import Muon, ShardedMuon
+from nextvec.train.muon import Muon, ShardedMuon, loss_of
 from nextvec.train.rows import RowAdagrad, sparse_gradients
 
 # Matrices with a vocabulary, latent, noise or time side: lookups and read-outs, which stay with AdamW (as Muon's author advises).
@@ -94,10 +94,7 @@ class Combined(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self.parts:
             part.step()
         return loss

@@ -99,7 +99,7 @@ class Whole:
 
     def close(self) -> nn.Module:
         """The caller's module as it was given, without what training wrapped around it."""
-        sparse_gradients(self.bare, wanted=False)
+        sparse_gradients(self.bare, wanted=False)  # other optimisers do not take them
         self.accelerator.unwrap_model(self.running, keep_fp32_wrapper=False)
         return self.bare
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nextvec.model.grams import Grams
+from nextvec.train.muon import loss_of
 
 EPS = 1e-12  # beside root mean squares of gradients, which are some 1e-5 for rows that are touched
 
@@ -30,10 +31,7 @@ class RowAdagrad(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all tables that have a gradient, of either layout."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         bad: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for table in group["params"]:
