@@ -13,26 +13,23 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from nextvec.config import AutoencoderConfig, CalmConfig, OptimSettings, TokenLMConfig
+from nextvec.config import CalmRun, OptimSettings, TokenLMRun
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.process import keep_freed_memory
-from nextvec.recipes import arena
 from nextvec.train.muon import Muon
 from nextvec.train.optim import parameter_groups
 from nextvec.train.polar import orthogonal
-
-VOCABULARY = 2048
+from step_variants import run_of
 
 
 def model_of(arm: str, layers: int) -> nn.Module:
     """Untrained: an update takes as long whatever the numbers."""
-    settings = arena(arm, VOCABULARY, 10.0)["model"]
-    settings["backbone"]["layers"] = layers
-    if arm == "token":
-        return TokenLM(TokenLMConfig.parse({**settings, "vocab_size": VOCABULARY}))
-    autoencoder = AutoencoderConfig.parse({**arena("autoencoder", VOCABULARY, 10.0)["model"], "vocab_size": VOCABULARY})
-    return Calm(CalmConfig.parse({**settings, "autoencoder": autoencoder.model_dump()}))
+    run = run_of(arm, layers, "")
+    if isinstance(run, TokenLMRun):
+        return TokenLM(run.model)
+    assert isinstance(run, CalmRun)
+    return Calm(run.model)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

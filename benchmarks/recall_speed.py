@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nextvec.config import AutoencoderConfig, CalmConfig, TokenLMConfig
-from nextvec.configs.read import read_settings
+from nextvec.config import CalmRun, TokenLMRun
 from nextvec.model.calm import Calm
 from nextvec.model.cross_entropy import linear_cross_entropy
 from nextvec.model.init import initialise
@@ -24,22 +23,21 @@ from nextvec.model.token_lm import TokenLM
 from nextvec.sampling.engine import Engine
 from nextvec.sampling.settings import Sampling
 from nextvec.train.objectives import INIT_GAIN
+from step_variants import VOCABULARY, run_of
 
-VOCABULARY, ROWS, CONTEXT = 2048, 4, 1024
+ROWS, CONTEXT = 4, 1024
 PROMPT, NEW = 64, 256
 
 
 def model(arm: str, recall: int) -> Calm | TokenLM:
-    found: Calm | TokenLM
     if arm == "calm":
-        settings = read_settings("fast/calm")["model"]
-        encoder = AutoencoderConfig(**{**read_settings("fast/autoencoder")["model"], "vocab_size": VOCABULARY})
-        head = {**settings["head"], "recall": recall, "grams": 0}
-        config = CalmConfig.parse({"autoencoder": encoder, "backbone": settings["backbone"], "head": head})
-        found = Calm(config)
+        run = run_of(arm, None, f"model.input=tokens model.head.recall={recall} model.head.grams=0")
+        assert isinstance(run, CalmRun)
+        found: Calm | TokenLM = Calm(run.model)
     else:
-        settings = read_settings("fast/transformer")["model"]
-        found = TokenLM(TokenLMConfig.parse({**settings, "vocab_size": VOCABULARY, "recall": recall, "grams": 0}))
+        run = run_of(arm, None, f"model.recall={recall} model.grams=0")
+        assert isinstance(run, TokenLMRun)
+        found = TokenLM(run.model)
     initialise(found, torch.Generator().manual_seed(0), INIT_GAIN / found.config.backbone.width**0.5)
     return found
 

@@ -268,12 +268,13 @@ def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str,
     that the checkpoint does not know, written by an older nextvec, counts as its default.
     """
     found = differences(with_defaults(checkpoint.state.config), config)
-    for key, before, now in sorted(found, key=lambda item: item[0]):
-        if key not in CONTINUED:
-            raise DataError(
-                f"--resume needs the settings that the run began with: {key} was {before} and is now {now}; set it back, "
-                "or train into a new directory"
-            )
+    changed = [f"{key} was {before} and is now {now}" for key, before, now in sorted(found) if key not in CONTINUED]
+    if changed:
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        raise DataError(
+            f"--resume needs the settings that the run began with: {', '.join(changed[:3])}{more}; "
+            f"set {'it' if len(changed) == 1 else 'them'} back, or train into a new directory"
+        )
     before, now = (_weights(settings) for settings in (checkpoint.state.config, config))
     if checkpoint.state.data != data and before != now:
         raise DataError(
