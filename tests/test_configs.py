@@ -103,7 +103,7 @@ def test_the_fast_files_train_one_after_the_other(monkeypatch: pytest.MonkeyPatc
             words += ["model.autoencoder.patch_size=4"] if kind == "multi-token" else []
             words += BACKBONE
         assert command(monkeypatch, *words, *small) == 0
-    assert arena("autoencoder", 8000, 10.0)["data"]["rows"] == 8
+    assert arena("autoencoder", 300, 10.0)["data"]["rows"] == 1
 
 
 @pytest.mark.parametrize("name", PAPER)

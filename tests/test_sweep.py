@@ -255,7 +255,7 @@ def test_the_shipped_sets_cover_the_paper() -> None:
     )
     assert {"draws", "teacher", "alpha", "head", "head-depth", "input", "optimisers"} <= set(named(["small"]))
     assert {
-        f"paper-{name}" for name in named(["small"]) if name not in ("depth", "law", "optimisers", "recipe")
+        f"paper-{name}" for name in named(["small"]) if name not in ("depth", "law", "optimisers", "recipe", "tuning")
     } == set(named(["paper"]))
     with pytest.raises(ConfigError, match="unknown spec 'drawz'; did you mean 'draws'"):
         read_spec("drawz")

@@ -15,9 +15,10 @@ Kind = Literal["autoencoder", "mixed-autoencoder", "calm", "energy", "token", "m
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 AUTOENCODER_SHARE = 0.2  # of a budget in seconds
-# Optimiser steps of calm's autoencoder, each over the whole vocabulary, the rate falling to 0 at the last. At V = 2048 80 give
-# 100.00 % of held-out tokens, also at half a unit of noise (docs/recipe.md).
+# Optimiser steps of calm's autoencoder at V = 2048, each over 2,048 tokens of the vocabulary, the rate falling to 0 at the last.
+# 80 give 100.00 % of held-out tokens, also at half a unit of noise; so do 126 at V = 4096 and 200 at 8192 (docs/recipe.md).
 AUTOENCODER_LEAST, AUTOENCODER_MOST = 80, 150
+AUTOENCODER_VOCABULARY, AUTOENCODER_POWER = 2048, 2 / 3
 # Of energy's, whose tokens share dimensions, 4,096 tokens of text each: 400 give 99.92 % of held-out tokens and 500 99.96 %,
 # 200 only 97.3 %; with many more the latents' standard deviation outgrows what decodes at twice the noise.
 MIXED_STEPS = 500
@@ -43,8 +44,9 @@ def arena(kind: str, vocab_size: int, minutes: float) -> dict[str, Any]:
         settings = {
             name: value for name, value in read_settings(SHIPPED[kind]).items() if name not in ("kind", "train")
         }
-        if kind == "autoencoder":  # a step is about one look at each token
-            settings["data"]["rows"] = max(1, -(-vocab_size // settings["data"]["context_tokens"]))
+        if kind == "autoencoder":  # a step is at most about one look at each token
+            data = settings["data"]
+            data["rows"] = min(data["rows"], max(1, -(-vocab_size // data["context_tokens"])))
         return settings
     calm = read_settings(SHIPPED["calm"])
     shared = {"data": calm["data"], "optim": {"warmup": calm["optim"]["warmup"]}}
@@ -60,7 +62,13 @@ def arena(kind: str, vocab_size: int, minutes: float) -> dict[str, Any]:
     raise ConfigError(unknown_name("arm", kind, list(KINDS)))
 
 
-def autoencoder_steps(seconds: float, step_seconds: float) -> int:
+def autoencoder_bounds(vocab_size: int) -> tuple[int, int]:
+    """The fewest steps of calm's autoencoder that serve, and the most that are of use."""
+    least = round(AUTOENCODER_LEAST * max(1.0, vocab_size / AUTOENCODER_VOCABULARY) ** AUTOENCODER_POWER)
+    return least, max(least, AUTOENCODER_MOST)
+
+
+def autoencoder_steps(seconds: float, step_seconds: float, vocab_size: int) -> int:
     """Steps of the autoencoder in a budget of `seconds`, at a measured rate: its share, within what is known to serve."""
-    share = round(AUTOENCODER_SHARE * seconds / step_seconds)
-    return max(AUTOENCODER_LEAST, min(AUTOENCODER_MOST, share))
+    least, most = autoencoder_bounds(vocab_size)
+    return max(least, min(most, round(AUTOENCODER_SHARE * seconds / step_seconds)))

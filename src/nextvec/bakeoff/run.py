@@ -21,7 +21,7 @@ from nextvec.evaluate.collision import FEWEST
 from nextvec.files import read_json, write_json
 from nextvec.hardware import choose_device
 from nextvec.lock import held
-from nextvec.recipes import AUTOENCODER_LEAST, autoencoder_steps
+from nextvec.recipes import autoencoder_steps
 from nextvec.sweep.estimate import Rates
 from nextvec.sweep.folder import JOB, LOCK, RATES, RESULT, SWEEP, check_folder, open_folder, read_sweep
 from nextvec.sweep.plan import MODEL_SHARE, Job, Rate, Vocabulary, expected_vocabulary, make_jobs, tokens_per_step
@@ -74,7 +74,7 @@ def run_bakeoff(
         encoder = next((job.autoencoder for job in jobs if job.autoencoder is not None), None)
         if isinstance(rates, Rates):
             rates.in_turn(jobs)
-        steps = AUTOENCODER_LEAST if encoder is None else _autoencoder_steps(asked, rates(encoder))
+        steps = 1 if encoder is None else _autoencoder_steps(asked, rates(encoder), vocabulary)
         spec = spec_of(asked, vocabulary.vocab_size, steps)
         jobs = make_jobs(spec, rates, vocabulary)
     _say_plan(asked, jobs, rates, say)
@@ -166,7 +166,7 @@ def _with_depths(
             trial.in_turn(jobs)
 
     def encoder_seconds(step: float) -> float:
-        return _autoencoder_steps(asked, step) * step
+        return _autoencoder_steps(asked, step, vocabulary) * step
 
     found = choose_depths(out, asked, vocabulary, corpus.shards.tokens, trial, in_turn, encoder_seconds)
     for arm, depth in found.items():
@@ -179,9 +179,9 @@ def _with_depths(
     return replace(asked, layers={**{arm: depth.layers for arm, depth in found.items()}, **asked.layers})
 
 
-def _autoencoder_steps(asked: Bakeoff, step_seconds: float) -> int:
+def _autoencoder_steps(asked: Bakeoff, step_seconds: float, vocabulary: Vocabulary) -> int:
     """Raises ConfigError for a budget of which they leave too little."""
-    steps = autoencoder_steps(asked.seconds, step_seconds)
+    steps = autoencoder_steps(asked.seconds, step_seconds, vocabulary.vocab_size)
     if steps * step_seconds > (1 - MODEL_SHARE) * asked.seconds:
         least = math.ceil(10 * steps * step_seconds / (1 - MODEL_SHARE) / 60) / 10
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from nextvec.config import AutoencoderConfig, AutoencoderRun, CalmRun, TokenLMRun
 from nextvec.errors import ConfigError
-from nextvec.recipes import AUTOENCODER_MOST, MIXED_STEPS, Kind, arena
+from nextvec.recipes import MIXED_STEPS, Kind, arena, autoencoder_bounds
 from nextvec.train.settings import Vocabulary, complete_run
 
 MINUTES = 8.0
@@ -62,7 +62,7 @@ def autoencoder_run(demo: Demo, data: str, vocabulary: Vocabulary) -> Autoencode
     """Stage 1."""
     paper = demo.recipe == "paper"
     kind: Kind = "mixed-autoencoder" if paper else "autoencoder"
-    steps = MIXED_STEPS if paper else AUTOENCODER_MOST
+    steps = MIXED_STEPS if paper else autoencoder_bounds(vocabulary.vocab_size)[1]
     found = complete_run(_settings(demo, kind, data, steps), vocabulary, None, "demo")
     assert isinstance(found, AutoencoderRun)
     return found
