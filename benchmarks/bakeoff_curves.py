@@ -1,6 +1,6 @@
 """Draws what bake-offs learnt: BrierLM of CALM and of the token Transformer against seconds, tokens and operations.
 
-    python benchmarks/bakeoff_curves.py docs/results/bakeoff-english-{3,10,30}min-recall --svg docs/figures/bakeoff_curves.svg
+    python benchmarks/bakeoff_curves.py docs/results/bakeoff-english-{3,10,30}min-tables --svg docs/figures/bakeoff_curves.svg
 
 Each folder is one budget. Small marks are an arm's points on the way, of fewer positions and at a rate that has not decayed yet;
 large ones its end, with one standard error (over seeds where there are several, else over documents). Seconds are shares of

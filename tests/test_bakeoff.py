@@ -20,7 +20,7 @@ from nextvec.cli import main
 from nextvec.config import AutoencoderRun, CalmRun, RunConfig, TokenLMRun
 from nextvec.errors import ConfigError, DataError
 from nextvec.recipes import AUTOENCODER_LEAST as LEAST
-from nextvec.recipes import AUTOENCODER_MOST, AUTOENCODER_SHARE, KINDS, arena, autoencoder_steps
+from nextvec.recipes import AUTOENCODER_MOST, AUTOENCODER_SHARE, KINDS, arena, autoencoder_bounds, autoencoder_steps
 from nextvec.report.bakeoff import markdown, write_page
 from nextvec.rundir import load_run
 from nextvec.sweep.plan import Vocabulary, flops_per_token, make_jobs, tokens_per_step
@@ -234,7 +234,9 @@ def test_a_budget_that_leaves_too_little_for_the_model_is_refused() -> None:
 def test_the_autoencoder_has_a_share_within_what_is_known_to_serve() -> None:
     between = (LEAST + AUTOENCODER_MOST) // 2
     for steps, found in ((10 * AUTOENCODER_MOST, AUTOENCODER_MOST), (between, between), (1, LEAST)):
-        assert autoencoder_steps(600, AUTOENCODER_SHARE * 600 / steps) == found
+        assert autoencoder_steps(600, AUTOENCODER_SHARE * 600 / steps, 2048) == found
+    assert [autoencoder_bounds(size) for size in (300, 4096, 8192)] == [(80, 150), (127, 150), (202, 202)]
+    assert [arena("autoencoder", size, 10.0)["data"]["rows"] for size in (2048, 8192)] == [2, 2]
     assert all(arena(kind, 2048, 10.0)["data"]["context_tokens"] % 8 == 0 for kind in KINDS)
     with pytest.raises(ConfigError, match="unknown arm 'clam'; did you mean 'calm'"):
         arena("clam", 2048, 10.0)
@@ -271,7 +273,7 @@ def chosen(out: Path, given: Bakeoff, turns: list[int], rate: Callable[[RunConfi
     return {arm: depth.layers for arm, depth in depths.items()}
 
 
-def test_an_arm_gets_the_layers_that_its_tokens_feed(tmp_path: Path) -> None:
+def test_an_arm_gets_the_layers_that_its_positions_feed(tmp_path: Path) -> None:
     per_layer = 16 * (4 * 16 + 2 + 3 * 16)  # of TINY's width
     turns: list[int] = []
     found = {}
@@ -279,32 +281,33 @@ def test_an_arm_gets_the_layers_that_its_tokens_feed(tmp_path: Path) -> None:
         given = asked(tmp_path, minutes=seconds / 60, arms=("calm", "token"))
         layers = chosen(tmp_path / str(seconds), given, turns)
         found[seconds] = layers
-        read = {"calm": 128 * (seconds - 20) / 0.5, "token": 128 * seconds * 4 / layers["token"]}
+        patch_size = TINY["autoencoder"]["model"]["patch_size"]
+        read = {"calm": 128 * (seconds - 20) / 0.5 / patch_size, "token": 128 * seconds * 4 / layers["token"]}
         for arm in layers:
             assert layers[arm] == 1 or read[arm] / 20 > 0.99 * layers[arm] * per_layer
-    assert [each["calm"] for each in found.values()] == [1, 2, 4, 4]
+    assert [each["calm"] for each in found.values()] == [1, 1, 3, 4]
     assert [each["token"] for each in found.values()] == [1, 2, 3, 4]
     assert turns == [4] * 4
     long = asked(tmp_path, minutes=5000 / 60, arms=("calm",))
-    few = choose_depths(tmp_path, long, STUB, 20_000, step, lambda jobs: None, lambda step: 20.0)
-    assert few["calm"].layers == 2, "four passes over a text of 20,000 tokens are 80,000"
+    few = choose_depths(tmp_path, long, STUB, 40_000, step, lambda jobs: None, lambda step: 20.0)
+    assert few["calm"].layers == 2, "four passes over a text of 40,000 tokens are 160,000, half as many patches"
     assert few["calm"].fed == 80_000 / 20
 
 
 def test_depths_are_kept_for_the_budget_they_were_chosen_for(tmp_path: Path) -> None:
     given, out = asked(tmp_path, minutes=1000 / 60, arms=("calm", "token")), tmp_path / "out"
     turns: list[int] = []
-    assert chosen(out, given, turns) == {"calm": 4, "token": 3}
+    assert chosen(out, given, turns) == {"calm": 3, "token": 3}
 
     def slower(config: RunConfig) -> float:
         return 10 * step(config)
 
-    assert chosen(out, given, turns, slower) == {"calm": 4, "token": 3}
+    assert chosen(out, given, turns, slower) == {"calm": 3, "token": 3}
     assert turns == [4], "nothing was timed again"
     three = replace(given, arms=("calm", "token", "multi-token"))
-    assert chosen(out, three, turns, slower) == {"calm": 4, "token": 3, "multi-token": 1}
+    assert chosen(out, three, turns, slower) == {"calm": 3, "token": 3, "multi-token": 1}
     assert turns == [4, 2], "only the arm that is new"
-    assert chosen(out, replace(given, layers={"token": 1}), turns, slower) == {"calm": 4}
+    assert chosen(out, replace(given, layers={"token": 1}), turns, slower) == {"calm": 3}
     assert chosen(out, replace(given, minutes=100 / 60), turns) == {"calm": 1, "token": 1}
     for damaged in ("{", "[]", '{"of": {}}', '{"of": {}, "depths": {"calm": {"layers": 2}}}'):
         (out / "depth.json").write_text(damaged)

@@ -1,4 +1,4 @@
-"""How deep the backbone of each arm is: as many layers as the tokens that it reads in its seconds can feed."""
+"""How deep the backbone of each arm is: as many layers as the positions that it reads in its seconds can feed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from nextvec.bakeoff.settings import Bakeoff, spec_of
 from nextvec.errors import DataError
 from nextvec.files import read_json, write_json
 from nextvec.law.points import backbone_parameters
-from nextvec.recipes import AUTOENCODER_LEAST
 from nextvec.sweep.folder import JOB
 from nextvec.sweep.plan import Job, Rate, Vocabulary, make_jobs, tokens_per_step
 
 FILE = "depth.json"
-# Tokens of text for a parameter of the backbone (Hoffmann et al. 2022, arXiv 2203.15556, who count all parameters of larger
-# models); how it fits the depths that were tried is in docs/recipe.md.
-TOKENS = 20.0
+# Positions of the backbone, tokens of a token Transformer and patches of a CALM, for each of its parameters (Hoffmann et al.
+# 2022, arXiv 2203.15556, who count all parameters of larger models); how it fits the depths that were tried: docs/recipe.md.
+POSITIONS = 20.0
 PASSES = 4  # over the same text, of which a token counts as a new one (Muennighoff et al. 2023, arXiv 2305.16264)
 MOST = 4  # layers, as many as were tried
 
@@ -26,7 +25,7 @@ MOST = 4  # layers, as many as were tried
 @dataclass(frozen=True)
 class Depth:
     """Layers of an arm's backbone. parameters: that it then has; tokens: that it then reads, about; fed: parameters for which
-    these are enough."""
+    the positions that these make are enough."""
 
     layers: int
     parameters: float
@@ -92,7 +91,7 @@ def _kept(path: Path, of: Mapping[str, Any]) -> dict[str, Depth]:
 def _jobs(asked: Bakeoff, arms: Sequence[str], layers: int, vocabulary: Vocabulary) -> list[Job]:
     """One of each arm."""
     asked = replace(asked, arms=tuple(arms), seeds=1, layers=dict.fromkeys(arms, layers))
-    spec = spec_of(asked, vocabulary.vocab_size, AUTOENCODER_LEAST).override(budget=None)
+    spec = spec_of(asked, vocabulary.vocab_size, 1).override(budget=None)
     return make_jobs(spec, lambda run: 1.0, vocabulary)
 
 
@@ -107,7 +106,8 @@ def _depth(
     def tried(layers: int) -> Depth:
         tokens = left * tokens_per_step(few.run) / between(rate(few.run), rate(many.run), layers)
         parameters = between(backbone_parameters(few.run), backbone_parameters(many.run), layers)
-        return Depth(layers, parameters, tokens, min(tokens, most_tokens) / TOKENS)
+        positions = min(tokens, most_tokens) / few.run.model.patch_size
+        return Depth(layers, parameters, tokens, positions / POSITIONS)
 
     depths = [tried(layers) for layers in range(MOST, 0, -1)]
     return next((depth for depth in depths if depth.fed >= depth.parameters), depths[-1])
