@@ -40,7 +40,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def benchmark(name: str) -> Any:
-    return runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))  # as where it is run: benchmarks take parts of each other
+        return runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"]
 
 
 def shards(demo: Path) -> TokenShards:
