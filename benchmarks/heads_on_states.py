@@ -1,4 +1,4 @@
-"""What a head of latents takes from a state: heads trained alone, on the frozen states of a multi-token model (docs/recipe.md).
+"""What a head of latents takes from a state: heads alone, on the frozen states of a multi-token model (docs/recipe-history.md).
 
     nextvec train lm --data SHARDS --out MULTI model.head.kind=autoregressive model.autoencoder.patch_size=4 recipe.name=paper ...
     OMP_NUM_THREADS=1 python benchmarks/heads_on_states.py --run MULTI --autoencoder AUTOENCODER --data SHARDS --seconds 60 240

@@ -4,7 +4,7 @@
 
 Read are the first `--tokens` tokens of as many held-out documents as have them, at most `--documents`. The same for a CALM
 whose state is replaced by the mean of all states, or by that of another document: what is left without it comes from the tokens
-that the head reads itself (docs/recipe.md).
+that the head reads itself (docs/recipe-history.md).
 Legend: N documents, T tokens, P patches, K tokens per patch, D width.
 """
 

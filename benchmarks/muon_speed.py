@@ -11,25 +11,14 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from nextvec.config import CalmRun, OptimSettings, TokenLMRun
-from nextvec.model.calm import Calm
-from nextvec.model.token_lm import TokenLM
+from nextvec.config import OptimSettings
 from nextvec.process import keep_freed_memory
+from nextvec.rundir import build_model
 from nextvec.train.muon import Muon
 from nextvec.train.optim import parameter_groups
 from nextvec.train.polar import orthogonal
 from step_variants import run_of
-
-
-def model_of(arm: str, layers: int) -> nn.Module:
-    """Untrained: an update takes as long whatever the numbers."""
-    run = run_of(arm, layers, "")
-    if isinstance(run, TokenLMRun):
-        return TokenLM(run.model)
-    assert isinstance(run, CalmRun)
-    return Calm(run.model)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name in ("torch", "ours"):
         torch.manual_seed(0)  # what torch's modules begin with
-        model = model_of(asked.arm, asked.layers)
+        model = build_model(
+            run_of(asked.arm, asked.layers, "")
+        )  # untrained: an update takes as long whatever the numbers
         (hidden,), _, _ = parameter_groups(model.named_parameters(), OptimSettings(name="muon"))
         for parameter in hidden["params"]:
             parameter.grad = torch.randn(parameter.shape, generator=generator) * 1e-3

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nextvec.config import CalmRun, TokenLMRun
 from nextvec.model.calm import Calm
 from nextvec.model.cross_entropy import linear_cross_entropy
 from nextvec.model.init import initialise
 from nextvec.model.token_lm import TokenLM
+from nextvec.rundir import build_model
 from nextvec.sampling.engine import Engine
 from nextvec.sampling.settings import Sampling
 from nextvec.train.objectives import INIT_GAIN
@@ -30,14 +30,9 @@ PROMPT, NEW = 64, 256
 
 
 def model(arm: str, recall: int) -> Calm | TokenLM:
-    if arm == "calm":
-        run = run_of(arm, None, f"model.input=tokens model.head.recall={recall} model.head.grams=0")
-        assert isinstance(run, CalmRun)
-        found: Calm | TokenLM = Calm(run.model)
-    else:
-        run = run_of(arm, None, f"model.recall={recall} model.grams=0")
-        assert isinstance(run, TokenLMRun)
-        found = TokenLM(run.model)
+    where = "model.head" if arm == "calm" else "model"
+    found = build_model(run_of(arm, None, f"{where}.recall={recall} {where}.grams=0"))
+    assert isinstance(found, Calm | TokenLM)
     initialise(found, torch.Generator().manual_seed(0), INIT_GAIN / found.config.backbone.width**0.5)
     return found
 

@@ -173,7 +173,9 @@ class TokenLMConfig(Config):
     kind: Literal["token_lm"] = "token_lm"
     vocab_size: Positive
     backbone: BackboneConfig
-    embedding_norm: bool = False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe.md) [D]
+    embedding_norm: bool = (
+        False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe-history.md) [D]
+    )
     recall: Count = 0  # attention heads that look up what followed the last two tokens earlier in the text [D]
     grams: Count = 0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall [D]
     _check_grams = model_validator(mode="after")(check_grams)

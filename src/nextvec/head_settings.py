@@ -22,7 +22,7 @@ class FlowHeadConfig(Config):
     """Flow-matching head: a velocity field, integrated from noise to a latent (docs/method.md)."""
 
     kind: Literal["flow"] = "flow"
-    predicts: Literal["velocity", "latent"] = "velocity"  # velocity [C]; latent [D, docs/recipe.md]
+    predicts: Literal["velocity", "latent"] = "velocity"  # velocity [C]; latent [D, docs/recipe-history.md]
     blocks: Positive = 3  # residual blocks; the paper uses layers / 4 [P]
     teacher_draws: Positive = 8  # per position in training, each with a time and a noise of its own [C]
     solver: str = "midpoint"  # of SOLVERS["flow"] [C]
@@ -105,9 +105,11 @@ class MixtureHeadConfig(Config):
     blocks: Count = 1  # residual blocks of the backbone's width, run at every place; 0 for none
     inner: Positive | None = None  # their inner width; None: the backbone's width
     recall: Count = (
-        0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
+        0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe-history.md)
     )
-    grams: Count = 0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall (docs/recipe.md)
+    grams: Count = (
+        0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall (docs/recipe-history.md)
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -123,11 +125,15 @@ class AutoregressiveHeadConfig(Config):
 
     kind: Literal["autoregressive"] = "autoregressive"
     blocks: Positive = 1  # Transformer blocks of the backbone's width, inner width and heads
-    embedding_norm: bool = False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe.md)
-    recall: Count = (
-        0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe.md)
+    embedding_norm: bool = (
+        False  # bring embeddings to unit size: learns faster in short trainings (docs/recipe-history.md)
     )
-    grams: Count = 0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall (docs/recipe.md)
+    recall: Count = (
+        0  # attention heads that look up what followed the last two tokens earlier in the text (docs/recipe-history.md)
+    )
+    grams: Count = (
+        0  # rows of each table of hashed n-grams, of two and of three tokens; needs recall (docs/recipe-history.md)
+    )
     _check_grams = model_validator(mode="after")(check_grams)
 
 

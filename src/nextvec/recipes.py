@@ -35,7 +35,7 @@ def arena(kind: str, vocab_size: int, minutes: float) -> dict[str, Any]:
 
     calm: the mixture head on a factored autoencoder (`autoencoder`). At equal seconds, with four layers each, it is ahead of
     the categorical and flow heads and of `energy`, the paper's head with S = 8 on the paper's autoencoder
-    (`mixed-autoencoder`) with an auxiliary cross-entropy, otherwise the same (docs/recipe.md).
+    (`mixed-autoencoder`) with an auxiliary cross-entropy, otherwise the same (docs/recipe-history.md).
     multi-token: the backbone and the patches of CALM, with a causal decoder over the K tokens of a patch in the place of
     head and autoencoder. Like the token Transformer it reads embeddings of unit size, as the mixture head does.
     Raises ConfigError for an unknown kind.
@@ -63,7 +63,7 @@ def arena(kind: str, vocab_size: int, minutes: float) -> dict[str, Any]:
 
 
 def autoencoder_bounds(vocab_size: int) -> tuple[int, int]:
-    """The fewest steps of calm's autoencoder that serve, and the most that are of use."""
+    """The fewest steps of calm's autoencoder that serve, and the most that are of use; tried at V = 2048 to 8192."""
     least = round(AUTOENCODER_LEAST * max(1.0, vocab_size / AUTOENCODER_VOCABULARY) ** AUTOENCODER_POWER)
     return least, max(least, AUTOENCODER_MOST)
 

@@ -1,7 +1,7 @@
 """What the last two and the last three tokens say together: embeddings of hashed n-grams, added to what a token's place reads.
 
-Longer n-grams would each be too rare to be learnt in the trainings that this is for (docs/recipe.md); what follows a rare one in
-its own text, recall.py finds. Legend: N any leading dimensions, D width, G = 64 numbers of an n-gram, B buckets.
+Longer n-grams would each be too rare to be learnt in the trainings that this is for (docs/recipe-history.md); what follows a
+rare one in its own text, recall.py finds. Legend: N any leading dimensions, D width, G = 64 numbers of an n-gram, B buckets.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recall: what followed earlier in the text where the same two tokens stood, looked up by attention over single tokens.
 
 A Transformer over tokens comes to do this by itself, in the course of training ("induction heads", Olsson et al. 2022,
-arXiv 2209.11895). One over patches would have to find a pair of tokens wherever in a patch it lies (docs/recipe.md).
+arXiv 2209.11895). One over patches would have to find a pair of tokens wherever in a patch it lies (docs/recipe-history.md).
 Legend: R texts, T tokens of a text, Q queries of a text, D width, H heads, E = 64 dimensions of one, V vocabulary, K patch size.
 """
 

@@ -270,9 +270,8 @@ def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any], data: str,
     found = differences(with_defaults(checkpoint.state.config), config)
     changed = [f"{key} was {before} and is now {now}" for key, before, now in sorted(found) if key not in CONTINUED]
     if changed:
-        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise DataError(
-            f"--resume needs the settings that the run began with: {', '.join(changed[:3])}{more}; "
+            f"--resume needs the settings that the run began with: {', '.join(changed)}; "
             f"set {'it' if len(changed) == 1 else 'them'} back, or train into a new directory"
         )
     before, now = (_weights(settings) for settings in (checkpoint.state.config, config))
