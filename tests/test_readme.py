@@ -273,6 +273,7 @@ def house_table() -> str:
     order = [
         "config.py",
         "head_settings.py",
+        "train_settings.py",
         "settings.py",
         "presets.py",
         "recipes.py",
