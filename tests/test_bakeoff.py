@@ -257,6 +257,16 @@ def test_each_arm_may_have_its_own_depth(tmp_path: Path) -> None:
     assert layers_of("token=3,2", arms) == layers_of("2, token=3", arms)
 
 
+def test_patches_may_be_of_another_size(tmp_path: Path) -> None:
+    for size, latent, stride in ((None, 8, 2), (8, 256, 8)):
+        jobs = make_jobs(spec_of(asked(tmp_path, patch_size=size), 300, 80), rate, STUB)
+        assert [job.run.model.patch_size for job in jobs] == [stride, 1, stride]
+        assert {job.identity["evaluate"]["stride"] for job in jobs} == {stride}  # all arms at the same places
+        assert jobs[0].autoencoder is not None
+        assert jobs[0].autoencoder.model.latent == latent
+    assert TINY["autoencoder"]["model"]["patch_size"] == 2
+
+
 def step(config: RunConfig) -> float:
     """A step of the token Transformer takes as many times a quarter of a second as it has layers; of CALM always half of one."""
     if isinstance(config, AutoencoderRun):
@@ -309,6 +319,9 @@ def test_depths_are_kept_for_the_budget_they_were_chosen_for(tmp_path: Path) -> 
     assert turns == [4, 2], "only the arm that is new"
     assert chosen(out, replace(given, layers={"token": 1}), turns, slower) == {"calm": 3}
     assert chosen(out, replace(given, minutes=100 / 60), turns) == {"calm": 1, "token": 1}
+    count = len(turns)
+    chosen(out, replace(given, minutes=100 / 60, patch_size=4), turns)
+    assert len(turns) == count + 1, "other patches, other depths"
     for damaged in ("{", "[]", '{"of": {}}', '{"of": {}, "depths": {"calm": {"layers": 2}}}'):
         (out / "depth.json").write_text(damaged)
         with pytest.raises(DataError, match=r"depth\.json"):
@@ -365,6 +378,7 @@ def test_a_bakeoff_goes_on_with_the_depth_it_began_with(tmp_path: Path, monkeypa
             {"arms": ("calm",), "layers": {"token": 2}},
             "--layers names token, which is not among the arms: add it to --arms, or leave it out",
         ),
+        ({"patch_size": 3}, "patch-size must be 2, 4, 8 or 16 tokens; got 3"),
         ({"layers": {"calmm": 2}}, "unknown arm in --layers 'calmm'; did you mean 'calm'?"),
         ({"layers": {"calm": 0}}, "a backbone has at least 1 layer; got --layers calm=0"),
     ],

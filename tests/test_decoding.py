@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextvec.config import AutoencoderConfig
 from nextvec.model import vocabulary as vocabulary_module
 from nextvec.model.autoencoder import Autoencoder
-from nextvec.model.packed import PackedLinear, can_pack, has_bf16_products, integer_product, integer_steps, pack_linears
+from nextvec.model.packed import has_bf16_products, integer_product, integer_steps
 from nextvec.model.vocabulary import Vocabulary
 from nextvec.sampling.pools import choose_patch, count_latents, decode_beginning
 from nextvec.sampling.temperature import batch_temperature, count_equal
@@ -201,32 +200,6 @@ def test_only_draws_that_begin_with_the_rest_of_a_prompt_are_decoded_further(
     foreign = decode_beginning(model, latent_NL, 3, [int(full_NK[:, 0].max()) + 1, 0])
     assert torch.equal(foreign[:, 0], full_NK[:, 0])
     assert bool((foreign[:, 1:] == -1).all())
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 200])
-def test_packed_layers_give_the_same_bits(rows: int) -> None:
-    net = nn.Sequential(nn.Linear(96, 160), nn.SiLU(), nn.Linear(160, 33, bias=False)).bfloat16()
-    twin = copy.deepcopy(net)
-    pack_linears(net)
-    packed = PackedLinear if can_pack() else nn.Linear
-    assert [type(layer) for layer in net] == [packed, nn.SiLU, packed]
-    assert net.state_dict().keys() == twin.state_dict().keys()
-    x = torch.randn(rows, 96, generator=seeded()).bfloat16()
-    with torch.inference_mode():
-        assert torch.equal(net(x), twin(x))
-    with torch.no_grad():
-        for each in (net, twin):
-            each[0].weight.mul_(-2)
-    with torch.inference_mode():
-        assert torch.equal(net(x), twin(x))  # packed again after a change
-    net(x).sum().backward()  # with gradients it is the plain layer
-    assert net[0].weight.grad is not None
-
-
-def test_layers_that_cannot_be_packed_stay() -> None:
-    net = nn.Sequential(nn.Linear(4, 4))
-    pack_linears(net)
-    assert type(net[0]) is nn.Linear
 
 
 @pytest.mark.parametrize(("most", "dtype"), [(127, torch.bfloat16), (127, torch.float32), (63, torch.float32)])

@@ -123,6 +123,15 @@ def test_the_speed_of_the_vocabulary(demo: Path, capsys: pytest.CaptureFixture[s
     assert [line.split(" rows: bounds ")[0].strip() for line in lines[1:]] == ["4", "50", "200"]
 
 
+def test_the_speed_of_layouts(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark("matrix_layouts")(["--shapes", "16x8", "8x16", "--rows", "1", "3", "--rounds", "2", "--megabytes", "0"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        [precision, shape, count] for precision in ("fp32", "bf16") for shape in ("16 x 8", "8 x 16") for count in "13"
+    ]
+    assert all(float(cell) > 0 for row in rows for cell in row[3:])
+
+
 def mixture_demo(demo: Path, folder: Path) -> Path:
     """The same with a CALM whose head knows the law of each token."""
     shutil.copytree(demo, folder)

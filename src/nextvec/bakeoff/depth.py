@@ -64,7 +64,9 @@ def choose_depths(
     that raises, ConfigError for settings that are no model, and DataError for a damaged depth.json.
     """
     arms = [arm for arm in asked.arms if arm not in asked.layers]
-    of = {"seconds": asked.seconds, "vocabulary": vocabulary.vocab_size, "device": asked.device}
+    of: dict[str, Any] = {"seconds": asked.seconds, "vocabulary": vocabulary.vocab_size, "device": asked.device}
+    if asked.patch_size is not None:
+        of["patch_size"] = asked.patch_size
     depths = _kept(out / FILE, of)
     new = [arm for arm in arms if arm not in depths]
     if new:

@@ -20,6 +20,8 @@ ARMS: dict[str, tuple[Stage, str]] = {  # by the name of the row: what is traine
 NAME = "bakeoff"  # of the sweep
 MOST_MINUTES = 1440.0
 VOCABULARY = 2048
+PATCH_SIZES = (2, 4, 8, 16)  # that divide the windows of training and scoring
+LATENT = 32  # dimensions of a token of a patch [P]
 CONTEXT, DRAWS = 512, 4  # documents-512
 DOCUMENTS, LENGTH = 64, 1024  # held-out documents scored, first tokens of each
 CURVE = 6  # points of training at which held-out figures are measured, for the break-even
@@ -41,6 +43,7 @@ class Bakeoff:
     text_key: str = "text"
     device: str = "auto"
     layers: Mapping[str, int] = field(default_factory=dict)  # of backbones, by arm; of others the budget's (depth.py)
+    patch_size: int | None = None  # K, of the arms that have patches; None: the arena's
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= MOST_MINUTES:
@@ -53,6 +56,9 @@ class Bakeoff:
             raise ConfigError("shards have their tokenizer: leave --tokenizer out")
         if not 0 < self.valid_fraction < 1:
             raise ConfigError(f"valid-fraction must be above 0 and below 1; got {self.valid_fraction:g}")
+        if self.patch_size is not None and self.patch_size not in PATCH_SIZES:
+            sizes = ", ".join(map(str, PATCH_SIZES[:-1]))
+            raise ConfigError(f"patch-size must be {sizes} or {PATCH_SIZES[-1]} tokens; got {self.patch_size}")
         if not self.arms:
             raise ConfigError(f"give at least one arm of {', '.join(ARMS)}")
         for arm in self.arms:
@@ -83,6 +89,9 @@ class Bakeoff:
 def spec_of(asked: Bakeoff, vocab_size: int, autoencoder_steps: int) -> SweepSpec:
     """The sweep: every arm with the arena's settings, at equal seconds. `vocab_size`: of the tokenizer, as far as it is known."""
     encoder = arena("autoencoder", vocab_size, asked.minutes)
+    if asked.patch_size is not None:
+        patches = {"patch_size": asked.patch_size, "latent": LATENT * asked.patch_size}
+        encoder = encoder | {"model": encoder["model"] | patches}
     data: dict[str, Any] = {"valid_fraction": asked.valid_fraction, "text_key": asked.text_key}
     if asked.shards is not None:
         data |= {"shards": asked.shards}

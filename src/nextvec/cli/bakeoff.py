@@ -46,6 +46,9 @@ def bakeoff(
             "(docs/bakeoff.md).",
         ),
     ] = "",
+    patch_size: Annotated[
+        int | None, typer.Option(help="K, tokens per patch of calm and multi-token: 2, 4, 8 or 16. Default: 4.")
+    ] = None,
 ) -> None:
     """Train CALM and token Transformers on your text for equal seconds, score them, and say which to use.
 
@@ -60,7 +63,7 @@ def bakeoff(
     names = tuple(name.strip() for name in arms.split(",") if name.strip())
     asked = Bakeoff(
         tuple(data or ()), minutes, out, names, seeds, vocab_size, tokenizer, shards, valid_fraction, text_key, device,
-        layers_of(layers, names),
+        layers_of(layers, names), patch_size,
     )  # fmt: skip
     outcome = run_bakeoff(asked, command=shlex.join(["nextvec", *sys.argv[1:]]), say=_say)
     if outcome is None:

@@ -35,8 +35,7 @@ class Grams(nn.Module):
         self.buckets = buckets
         self.embedding = nn.Embedding(len(ORDERS) * buckets, DIM)
         self.up = nn.Linear(len(ORDERS) * DIM, width, bias=False)
-        self._made = Kept[Tensor]()
-        self._product = Kept[Callable[[Tensor], Tensor]]()
+        self._found = Kept[Callable[[Tensor], Tensor]]()
 
     def zero_initialised(self) -> list[Tensor]:
         return [self.up.weight]
@@ -46,21 +45,22 @@ class Grams(nn.Module):
         rows_N2 = self.rows(last_N3)
         if torch.is_grad_enabled():
             return self.up(self.embedding(rows_N2).flatten(-2))
-        up, table = self.up.weight, self.embedding.weight
-        if len(table) * len(up) * up.element_size() > MOST_MADE:
-            product = self._product.of((up,), lambda: product_with(up))
-            return product(F.embedding(rows_N2, table).flatten(-2))
-        return F.embedding(rows_N2, self._made.of((self.embedding.weight, self.up.weight), self._table)).sum(-2)
+        return self._found.of((self.embedding.weight, self.up.weight), self._make)(rows_N2)
 
     def rows(self, last_N3: Tensor) -> Tensor:
         """Rows of `embedding`, (..., 2)."""
         factors, first = _constants(self.buckets, last_N3.device)
         return (((last_N3 + 1)[..., None, :] * factors).sum(-1) >> SHIFT).remainder(self.buckets) + first
 
-    def _table(self) -> Tensor:
-        """`up` of every row, (2 B, D)."""
-        parts = zip(self.embedding.weight.split(self.buckets), self.up.weight.split(DIM, dim=1), strict=True)
-        return torch.cat([F.linear(rows, up) for rows, up in parts])
+    def _make(self) -> Callable[[Tensor], Tensor]:
+        """From rows to what they say, for inference: `up` of every row is a table where that is not large."""
+        up, table = self.up.weight, self.embedding.weight
+        if len(table) * len(up) * up.element_size() > MOST_MADE:
+            product = product_with(up)
+            return lambda rows_N2: product(F.embedding(rows_N2, table).flatten(-2))
+        parts = zip(table.split(self.buckets), up.split(DIM, dim=1), strict=True)
+        made = torch.cat([F.linear(rows, matrix) for rows, matrix in parts])  # (2 B, D)
+        return lambda rows_N2: F.embedding(rows_N2, made).sum(-2)
 
 
 @functools.cache

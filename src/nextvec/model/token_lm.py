@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvec.config import TokenLMConfig
@@ -118,7 +117,8 @@ class TokenLM(nn.Module):
 
     def logits(self, state_ND: Tensor) -> Tensor:
         """Next-token logits (..., V)."""
-        return F.linear(state_ND.to(self.output.weight.dtype), self.output.weight)
+        logits: Tensor = self.output(state_ND.to(self.output.weight.dtype))
+        return logits
 
     def log_probabilities(self, state_ND: Tensor) -> Tensor:
         """log P(next token), (..., V) in nats, float32 (float64 for a float64 model)."""
