@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,40 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(work: Path, monkeypatc
     second.write_bytes(second.read_bytes()[:-50])
     with pytest.raises(DataError, match=r"latents-00001\.npy is missing or damaged"):
         EncodedBatches(Batches(stream, 3, 30, 0), autoencoder)
+
+
+def test_a_flipped_bit_is_found_where_everything_is_read_again(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(latents, "FILE_PATCHES", 100)
+    stream, autoencoder = opened(work)
+    with torch.no_grad():
+        autoencoder.embedding.weight.mul_(0.7)
+    folder = write_latents(stream, autoencoder)
+    others = [each.name for each in folder.parent.glob("latents-*") if each != folder]
+    shutil.copytree(folder.parent, work / "damaged" / "train", ignore=shutil.ignore_patterns(*others))
+    folder = work / "damaged" / "train" / folder.name
+    manifest, last = folder / "manifest.json", sorted(folder.glob("*.npy"))[-1]
+
+    def said() -> str:
+        capsys.readouterr()
+        command(monkeypatch, "verify", work / "damaged")
+        found = capsys.readouterr()
+        return found.out + found.err
+
+    assert f"{folder}: latents of {stream.length // 2:,} patches, as they were written" in said()
+    whole = last.read_bytes()
+    for content in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-2]):
+        last.write_bytes(content)
+        assert (
+            f"{last} is missing or damaged: it does not have the SHA-256 in manifest.json; remove its folder" in said()
+        )
+    last.unlink()
+    assert f"{last} is missing" in said()
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "sha256": []}))
+    assert f"{folder}: not known, its manifest has no sums" in said()
+    manifest.unlink()
+    assert f"{folder}: not finished" in said()
 
 
 def test_training_from_stored_latents(

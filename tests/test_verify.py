@@ -9,6 +9,7 @@ import pytest
 
 from nextvec.errors import DataError
 from nextvec.rundir import SUM, WEIGHTS, load_run
+from published import FIXTURES
 from test_cli_train import arguments, command, refused, work  # noqa: F401  (a fixture)
 
 
@@ -72,3 +73,19 @@ def test_weights_with_a_flipped_bit_are_refused_and_written_again_from_the_check
         load_run(run)
     (run / SUM).unlink()
     load_run(run)
+
+
+def test_converted_weights_have_a_sum_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run = FIXTURES / "k4" / "autoencoder", tmp_path / "run"
+    assert command(monkeypatch, "convert", str(source), str(run)) == 0
+    assert (run / SUM).read_text() == f"{hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()}  {WEIGHTS}\n"
+    flip(run / WEIGHTS)
+    line = refused(monkeypatch, capsys, "verify", str(run))
+    assert f"{run / WEIGHTS} is damaged" in line
+    assert "or, of converted weights, nextvec convert once it is gone" in line
+    (run / WEIGHTS).unlink()
+    assert command(monkeypatch, "convert", str(source), str(run)) == 0
+    assert command(monkeypatch, "verify", str(run)) == 0
+    assert f"{run / WEIGHTS}: as it was written" in capsys.readouterr().out

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, CARD, TOKENIZER = "config.yaml", "model.safetensors", "README.md", "tokenizer.json"
 SUM = "model.sha256"  # of the weights, as `sha256sum` writes it; a run without one is taken as it is
-_MEND = "restore it, or write it again from the run's newest checkpoint: nextvec train ... --resume"
+_MEND = "restore it, or write it again: nextvec train ... --resume, or, of converted weights, nextvec convert once it is gone"
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -77,8 +77,7 @@ def save_run(path: Path, config: ModelRun, model: nn.Module, tokenizer: Tokenize
     describe_run(path, config, tokenizer, card)
     weights = Path(path) / WEIGHTS
     write_tensors(weights, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
-    with atomic_open(weights.with_name(SUM)) as handle:
-        handle.write(f"{sha256(weights)}  {WEIGHTS}\n")
+    write_sum(path)
 
 
 def describe_run(path: Path, config: ModelRun, tokenizer: Tokenizer | None, card: str | None) -> None:
@@ -143,6 +142,12 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> tu
     if not isinstance(model, Autoencoder):
         raise ConfigError(f"{path} holds a {type(run.model).__name__}, which has no autoencoder")
     return model, run.text_tokenizer
+
+
+def write_sum(run: Path) -> None:
+    """Of weights that were just written."""
+    with atomic_open(Path(run) / SUM) as handle:
+        handle.write(f"{sha256(Path(run) / WEIGHTS)}  {WEIGHTS}\n")
 
 
 def check_sum(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""`nextvec verify`: whether shards, weights and checkpoints on disk are still as they were written."""
+"""`nextvec verify`: whether shards, stored latents, weights and checkpoints on disk are still as they were written."""
 
 from __future__ import annotations
 

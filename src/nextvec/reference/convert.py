@@ -39,7 +39,7 @@ from nextvec.reference.settings import (
     read_calm,
 )
 from nextvec.reference.weights import PICKLED, Stored, TensorWriter, index, listing, read_weights
-from nextvec.rundir import CONFIG, TOKENIZER, WEIGHTS, build_model, describe_run, read_config
+from nextvec.rundir import CONFIG, TOKENIZER, WEIGHTS, build_model, describe_run, read_config, write_sum
 from nextvec.text.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -94,6 +94,7 @@ def convert(
             for path in part.files:
                 _copy(path, by_name, shapes, writer, done)
         describe_run(destination, config, text, imported_card(config, parameters))
+    write_sum(destination)
     return Converted(destination, config, parameters, text is not None)
 
 

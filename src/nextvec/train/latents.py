@@ -1,8 +1,8 @@
 """The teacher's posterior of every patch of a corpus, computed once and kept beside the tokens (`nextvec prepare --latents`).
 
 SHARDS/latents-XXXXXXXXXXXX/ (a hash of autoencoder, tokens and layout): latents-NNNNN.npy, float16 (n, 2L), a patch's mean and
-log_std in the order of the stream, and manifest.json, written last. It saves the encoder's pass in training, 4 % of a step at the
-reference configuration, for 4 L / K bytes a token (docs/performance.md).
+log_std in the order of the stream, and manifest.json with the sums of these files, written last. It saves the encoder's pass in
+training, 4 % of a step at the reference configuration, for 4 L / K bytes a token (docs/performance.md).
 
 Legend: B rows, T tokens, P patches, K tokens per patch, L latent.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nextvec.config import Config
 from nextvec.errors import ConfigError, DataError
-from nextvec.files import atomic_path, read_json, write_json
+from nextvec.files import atomic_path, read_json, sha256, write_json
 from nextvec.model.autoencoder import Autoencoder
 from nextvec.model.calm import Calm
 from nextvec.model.posterior import Posterior
@@ -34,6 +34,8 @@ from nextvec.train.data import Data
 
 FILE_PATCHES = 1 << 18  # patches in a file: 128 MiB at L = 128
 PASS_TOKENS = 1 << 14  # tokens encoded at once
+FOLDERS, MANIFEST = "latents-*", "manifest.json"
+_MEND = "remove its folder and run nextvec prepare --latents again"
 
 
 class LatentsManifest(Config):
@@ -43,6 +45,7 @@ class LatentsManifest(Config):
     latent: int  # L
     patch_size: int
     packing: str
+    sha256: tuple[str, ...] = ()  # of each file; none where they were written before there were sums
 
 
 class Encoded(NamedTuple):
@@ -76,12 +79,12 @@ class EncodedBatches:
         self.batches = batches
         stream = batches.stream
         folder = latents_folder(stream, autoencoder)
-        if not (folder / "manifest.json").is_file():
+        if not (folder / MANIFEST).is_file():
             raise ConfigError(
                 f"data.latents needs what `nextvec prepare ... --latents RUN` stores; {stream.shards.path} holds none of this "
                 f"autoencoder at {stream.patch_size} tokens a patch, packing {stream.packing}: make it, or leave data.latents out"
             )
-        manifest = LatentsManifest.parse(read_json(folder / "manifest.json", "latents manifest"), str(folder))
+        manifest = _manifest(folder)
         self._patch_size, self._latent = manifest.patch_size, manifest.latent
         self._files: list[NDArray[Any]] = []
         for number, patches in enumerate(_pieces(manifest.patches)):
@@ -89,11 +92,9 @@ class EncodedBatches:
             try:
                 self._files.append(np.load(path, mmap_mode="r"))
             except (OSError, ValueError, EOFError) as error:
-                raise DataError(
-                    f"{path} is missing or damaged ({error}); run nextvec prepare --latents again"
-                ) from None
+                raise DataError(f"{path} is missing or damaged ({error}); {_MEND}") from None
             if self._files[-1].shape != (patches, 2 * manifest.latent):
-                raise DataError(f"{path} does not fit its manifest; run nextvec prepare --latents again")
+                raise DataError(f"{path} does not fit its manifest; {_MEND}")
 
     def batch(self, index: int, part: int = 0, parts: int = 1) -> Encoded:
         """Batch `index`, or a part of it, as `Batches.batch`."""
@@ -147,7 +148,7 @@ def write_latents(stream: Stream, autoencoder: Autoencoder, show: Callable[[floa
     """
     patches, size = stream.length // stream.patch_size, stream.patch_size
     folder, latent = latents_folder(stream, autoencoder), autoencoder.config.latent
-    if (folder / "manifest.json").is_file():
+    if (folder / MANIFEST).is_file():
         return folder
     device = autoencoder.embedding.weight.device
     step = max(1, PASS_TOKENS // size)
@@ -165,9 +166,28 @@ def write_latents(stream: Stream, autoencoder: Autoencoder, show: Callable[[floa
                 show((first + start + here) / patches)
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
             np.save(handle, both)
-    manifest = LatentsManifest(patches=patches, latent=latent, patch_size=size, packing=stream.packing)
-    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+    sums = tuple(sha256(_file(folder, number)) for number, _ in enumerate(_pieces(patches)))
+    manifest = LatentsManifest(patches=patches, latent=latent, patch_size=size, packing=stream.packing, sha256=sums)
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return folder
+
+
+def check_latents(folder: Path) -> str:
+    """A line on a folder of latents, all of it read again. Raises DataError, naming the file that is not as it was written."""
+    if not (folder / MANIFEST).is_file():
+        return f"{folder}: not finished"
+    manifest = _manifest(folder)
+    if not manifest.sha256:
+        return f"{folder}: not known, its manifest has no sums"
+    for number, wanted in enumerate(manifest.sha256):
+        path = _file(folder, number)
+        if not path.is_file() or sha256(path) != wanted:
+            raise DataError(f"{path} is missing or damaged: it does not have the SHA-256 in {MANIFEST}; {_MEND}")
+    return f"{folder}: latents of {manifest.patches:,} patches, as they were written"
+
+
+def _manifest(folder: Path) -> LatentsManifest:
+    return LatentsManifest.parse(read_json(folder / MANIFEST, "latents manifest"), str(folder))
 
 
 def _wide(stored: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from nextvec.rundir import CONFIG, SUM, WEIGHTS, check_sum
 from nextvec.text.shards import TokenShards
 from nextvec.train import checkpoint
 from nextvec.train.data import MANIFEST, data_folders
+from nextvec.train.latents import FOLDERS, check_latents
 
 
 def verify(folder: Path) -> list[str]:
@@ -18,7 +19,7 @@ def verify(folder: Path) -> list[str]:
         return _run(folder)
     if not any((folder / name).is_file() for name in (MANIFEST, f"train/{MANIFEST}")):
         raise DataError(f"{folder} is neither a run directory nor what `nextvec prepare` wrote")
-    return [_shards(each) for each in data_folders(folder) if each is not None]
+    return [line for each in data_folders(folder) if each is not None for line in _shards(each)]
 
 
 def _run(run: Path) -> list[str]:
@@ -32,6 +33,7 @@ def _run(run: Path) -> list[str]:
     return lines or [f"{run}: nothing was saved yet"]
 
 
-def _shards(path: Path) -> str:
+def _shards(path: Path) -> list[str]:
     shards = TokenShards.open(path, verify=True)
-    return f"{path}: {len(shards.manifest.shards):,} shards, {shards.tokens:,} tokens, as they were written"
+    line = f"{path}: {len(shards.manifest.shards):,} shards, {shards.tokens:,} tokens, as they were written"
+    return [line, *(check_latents(each) for each in sorted(path.glob(FOLDERS)))]
