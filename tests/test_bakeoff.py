@@ -172,6 +172,10 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_made(outcome: Outcome, w
 def test_another_budget_or_sweep_in_the_same_folder_is_refused(outcome: Outcome, work: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds a bake-off of 1 minutes, begun before; give --minutes 1, or another"):
         run_bakeoff(asked(work, minutes=2.0), say=ignore, show=False, rate=rate)
+    with pytest.raises(
+        ConfigError, match="of 2 tokens per patch, begun before, and 8 are asked for; give --patch-size 2"
+    ):
+        run_bakeoff(asked(work, patch_size=8), say=ignore, show=False, rate=rate)
     row = tmp_path / "out" / "rows" / "lm" / "a" / "seed-0"
     row.mkdir(parents=True)
     (row / "job.json").write_text("{}")
@@ -377,6 +381,10 @@ def test_a_bakeoff_goes_on_with_the_depth_it_began_with(tmp_path: Path, monkeypa
         (
             {"arms": ("calm",), "layers": {"token": 2}},
             "--layers names token, which is not among the arms: add it to --arms, or leave it out",
+        ),
+        (
+            {"arms": ("token",), "patch_size": 8},
+            "patch-size is for calm and multi-token, and neither is among the arms: leave it out",
         ),
         ({"patch_size": 3}, "patch-size must be 2, 4, 8 or 16 tokens; got 3"),
         ({"layers": {"calmm": 2}}, "unknown arm in --layers 'calmm'; did you mean 'calm'?"),

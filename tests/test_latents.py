@@ -114,6 +114,8 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(work: Path, monkeypatc
         write_latents(stream, autoencoder, stop)
     with pytest.raises(ConfigError, match="--latents"):
         EncodedBatches(Batches(stream, 3, 30, 0), autoencoder)
+    fourth = folder / "latents-00003.npy"
+    fourth.write_bytes(whole[fourth.name][:-1] + bytes([whole[fourth.name][-1] ^ 1]))  # is noticed, and made again
     write_latents(stream, autoencoder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     assert first.stat().st_mtime_ns == before
@@ -144,16 +146,24 @@ def test_a_flipped_bit_is_found_where_everything_is_read_again(
         return found.out + found.err
 
     assert f"{folder}: latents of {stream.length // 2:,} patches, as they were written" in said()
-    whole = last.read_bytes()
+    whole, sums = last.read_bytes(), folder / "sums.json"
+    damaged = f"{last} is missing or damaged: it does not have the SHA-256 in sums.json; remove its folder"
     for content in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-2]):
         last.write_bytes(content)
-        assert (
-            f"{last} is missing or damaged: it does not have the SHA-256 in manifest.json; remove its folder" in said()
-        )
+        assert damaged in said()
     last.unlink()
-    assert f"{last} is missing" in said()
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "sha256": []}))
-    assert f"{folder}: not known, its manifest has no sums" in said()
+    assert damaged in said()
+    last.write_bytes(whole)
+    written = sums.read_text()
+    sums.write_text(json.dumps({**json.loads(written), last.name: "0"}))
+    assert damaged in said()
+    sums.write_text("[]")
+    assert "sums.json is damaged: it is no list of sums" in said()
+    sums.unlink()
+    assert f"{folder}: not known, there is no sums.json" in said()
+    sums.write_text(written)
+    manifest.write_text("{}")
+    assert str(manifest) in said()
     manifest.unlink()
     assert f"{folder}: not finished" in said()
 

@@ -84,7 +84,10 @@ def test_converted_weights_have_a_sum_as_well(
     flip(run / WEIGHTS)
     line = refused(monkeypatch, capsys, "verify", str(run))
     assert f"{run / WEIGHTS} is damaged" in line
-    assert "or, of converted weights, nextvec convert once it is gone" in line
+    assert "or, of converted weights, delete it and run nextvec convert" in line
+    assert "is damaged" in refused(
+        monkeypatch, capsys, "convert", str(run), str(tmp_path / "back"), "--to", "reference"
+    )
     (run / WEIGHTS).unlink()
     assert command(monkeypatch, "convert", str(source), str(run)) == 0
     assert command(monkeypatch, "verify", str(run)) == 0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, CARD, TOKENIZER = "config.yaml", "model.safetensors", "README.md", "tokenizer.json"
 SUM = "model.sha256"  # of the weights, as `sha256sum` writes it; a run without one is taken as it is
-_MEND = "restore it, or write it again: nextvec train ... --resume, or, of converted weights, nextvec convert once it is gone"
+_MEND = "restore it, or write it again: nextvec train ... --resume, or, of converted weights, delete it and run nextvec convert"
 M = TypeVar("M", bound=nn.Module)
 
 

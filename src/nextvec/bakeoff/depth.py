@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nextvec.bakeoff.settings import Bakeoff, spec_of
+from nextvec.bakeoff.settings import Bakeoff, patch_size_of, spec_of
 from nextvec.errors import DataError
 from nextvec.files import read_json, write_json
 from nextvec.law.points import backbone_parameters
@@ -65,8 +65,7 @@ def choose_depths(
     """
     arms = [arm for arm in asked.arms if arm not in asked.layers]
     of: dict[str, Any] = {"seconds": asked.seconds, "vocabulary": vocabulary.vocab_size, "device": asked.device}
-    if asked.patch_size is not None:
-        of["patch_size"] = asked.patch_size
+    of["patch_size"] = patch_size_of(spec_of(asked, vocabulary.vocab_size, 1))
     depths = _kept(out / FILE, of)
     new = [arm for arm in arms if arm not in depths]
     if new:

@@ -13,7 +13,7 @@ import torch
 from nextvec.bakeoff.curve import Curve, break_even, curve_of
 from nextvec.bakeoff.depth import begun_layers, choose_depths
 from nextvec.bakeoff.measure import FIGURES, Planned, load_model, measure, planned
-from nextvec.bakeoff.settings import NAME, Bakeoff, spec_of
+from nextvec.bakeoff.settings import NAME, Bakeoff, patch_size_of, spec_of
 from nextvec.bakeoff.speed import measure_speeds
 from nextvec.bakeoff.verdict import Duel, matched, quality
 from nextvec.errors import ConfigError, DataError
@@ -151,6 +151,13 @@ def _check_same(out: Path, asked: Bakeoff) -> None:
         raise ConfigError(
             f"{out} holds a bake-off of {seconds / 60:g} minutes, begun before; give --minutes {seconds / 60:g}, or another "
             "folder with --out"
+        )
+    size = int(before["base"]["autoencoder"]["model"]["patch_size"])
+    wanted = patch_size_of(_draft(asked))
+    if size != wanted:
+        raise ConfigError(
+            f"{out} holds a bake-off of {size} tokens per patch, begun before, and {wanted} are asked for; give "
+            f"--patch-size {size}, or another folder with --out"
         )
 
 

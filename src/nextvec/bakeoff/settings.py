@@ -59,6 +59,8 @@ class Bakeoff:
         if self.patch_size is not None and self.patch_size not in PATCH_SIZES:
             sizes = ", ".join(map(str, PATCH_SIZES[:-1]))
             raise ConfigError(f"patch-size must be {sizes} or {PATCH_SIZES[-1]} tokens; got {self.patch_size}")
+        if self.patch_size is not None and not {"calm", "multi-token"} & set(self.arms):
+            raise ConfigError("patch-size is for calm and multi-token, and neither is among the arms: leave it out")
         if not self.arms:
             raise ConfigError(f"give at least one arm of {', '.join(ARMS)}")
         for arm in self.arms:
@@ -116,6 +118,11 @@ def spec_of(asked: Bakeoff, vocab_size: int, autoencoder_steps: int) -> SweepSpe
         },
         "bake-off",
     )
+
+
+def patch_size_of(spec: SweepSpec) -> int:
+    """K of the arms that have patches."""
+    return int(spec.base["autoencoder"]["model"]["patch_size"])
 
 
 def layers_of(asked: str, arms: Sequence[str]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 bf16: torch rearranges the matrix at every product. For a batch that is small change; for the single row of a generation step it
 is most of the time (measured: 1.4 to 3.1 times, docs/sampling.md). The arithmetic is the same, bit for bit.
-float32: a row times a matrix with more outputs than inputs takes 1.3 to 2.6 times as long by dot products with short rows of it
+float32: a row times a matrix with more outputs than inputs takes 1.4 to 2.6 times as long by dot products with short rows of it
 as by adding up its long columns, above all where it comes from memory. The sum is then another to rounding.
 """
 
@@ -171,9 +171,14 @@ def _product_with(weight: Tensor) -> Product:
         return lambda x, bias: packed_linear(x, packed, bias)
     if not _is_wide(weight):
         return lambda x, bias: F.linear(x, weight, bias)
-    columns = weight.detach().T.contiguous().T
     few = FEW_ROWS * weight.shape[1]
-    return lambda x, bias: F.linear(x, columns if x.numel() <= few else weight, bias)
+
+    @functools.cache
+    def columns() -> Tensor:
+        """A second copy, made for the first few rows: many layers are never given as few."""
+        return weight.detach().T.contiguous().T
+
+    return lambda x, bias: F.linear(x, columns() if x.numel() <= few else weight, bias)
 
 
 def _operations(x: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:

@@ -39,7 +39,7 @@ from nextvec.reference.settings import (
     read_calm,
 )
 from nextvec.reference.weights import PICKLED, Stored, TensorWriter, index, listing, read_weights
-from nextvec.rundir import CONFIG, TOKENIZER, WEIGHTS, build_model, describe_run, read_config, write_sum
+from nextvec.rundir import CONFIG, TOKENIZER, WEIGHTS, build_model, check_sum, describe_run, read_config, write_sum
 from nextvec.text.tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -129,6 +129,7 @@ def convert_back(run: str | Path, destination: Path) -> ModelRun:
     ours = [Published(name, (Place(name),)) for name in shapes]
     if not (run / WEIGHTS).is_file():
         raise DataError(f"{run / WEIGHTS} does not exist: the run was not finished")
+    check_sum(run)
     _check(Part(str(run), [run / WEIGHTS], index([run / WEIGHTS]), ours), shapes)
     tokenizer = load_tokenizer(run) if (run / TOKENIZER).is_file() else None
     settings = published_settings(config, tokenizer)

@@ -1,8 +1,8 @@
 """The teacher's posterior of every patch of a corpus, computed once and kept beside the tokens (`nextvec prepare --latents`).
 
 SHARDS/latents-XXXXXXXXXXXX/ (a hash of autoencoder, tokens and layout): latents-NNNNN.npy, float16 (n, 2L), a patch's mean and
-log_std in the order of the stream, and manifest.json with the sums of these files, written last. It saves the encoder's pass in
-training, 4 % of a step at the reference configuration, for 4 L / K bytes a token (docs/performance.md).
+log_std in the order of the stream, sums.json, and manifest.json, written last. It saves the encoder's pass in training, 4 % of a
+step at the reference configuration, for 4 L / K bytes a token (docs/performance.md).
 
 Legend: B rows, T tokens, P patches, K tokens per patch, L latent.
 """
@@ -35,6 +35,7 @@ from nextvec.train.data import Data
 FILE_PATCHES = 1 << 18  # patches in a file: 128 MiB at L = 128
 PASS_TOKENS = 1 << 14  # tokens encoded at once
 FOLDERS, MANIFEST = "latents-*", "manifest.json"
+SUMS = "sums.json"  # SHA-256 of each file, by its name, taken when it was written; latents from before there were sums have none
 _MEND = "remove its folder and run nextvec prepare --latents again"
 
 
@@ -45,7 +46,6 @@ class LatentsManifest(Config):
     latent: int  # L
     patch_size: int
     packing: str
-    sha256: tuple[str, ...] = ()  # of each file; none where they were written before there were sums
 
 
 class Encoded(NamedTuple):
@@ -142,7 +142,8 @@ def latents_folder(stream: Stream, autoencoder: Autoencoder) -> Path:
 
 @torch.inference_mode()
 def write_latents(stream: Stream, autoencoder: Autoencoder, show: Callable[[float], None] | None = None) -> Path:
-    """Encode every patch of a stream in float32; returns the folder. Interrupted, it goes on at the file that was not finished.
+    """Encode every patch of a stream in float32; returns the folder. Interrupted, it goes on at the file that was not finished;
+    one that is not as it was written is made again.
 
     autoencoder: in evaluation mode, on any device. Raises DataError when the disk is full.
     """
@@ -152,10 +153,11 @@ def write_latents(stream: Stream, autoencoder: Autoencoder, show: Callable[[floa
         return folder
     device = autoencoder.embedding.weight.device
     step = max(1, PASS_TOKENS // size)
+    sums = _sums(folder)
     for number, count in enumerate(_pieces(patches)):
         path, first = _file(folder, number), number * FILE_PATCHES
-        if path.is_file():
-            continue  # written whole or not at all
+        if path.is_file() and sums.get(path.name) == sha256(path):
+            continue
         both = np.empty((count, 2 * latent), dtype=np.float16)
         for start in range(0, count, step):
             here = min(step, count - start)
@@ -166,28 +168,40 @@ def write_latents(stream: Stream, autoencoder: Autoencoder, show: Callable[[floa
                 show((first + start + here) / patches)
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
             np.save(handle, both)
-    sums = tuple(sha256(_file(folder, number)) for number, _ in enumerate(_pieces(patches)))
-    manifest = LatentsManifest(patches=patches, latent=latent, patch_size=size, packing=stream.packing, sha256=sums)
+        sums[path.name] = sha256(path)
+        write_json(folder / SUMS, sums)
+    manifest = LatentsManifest(patches=patches, latent=latent, patch_size=size, packing=stream.packing)
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return folder
 
 
 def check_latents(folder: Path) -> str:
-    """A line on a folder of latents, all of it read again. Raises DataError, naming the file that is not as it was written."""
+    """A line on a folder of latents, all of it read again.
+
+    Raises DataError, naming the file that is not as it was written, and ConfigError for a manifest that is none.
+    """
     if not (folder / MANIFEST).is_file():
         return f"{folder}: not finished"
-    manifest = _manifest(folder)
-    if not manifest.sha256:
-        return f"{folder}: not known, its manifest has no sums"
-    for number, wanted in enumerate(manifest.sha256):
+    patches, sums = _manifest(folder).patches, _sums(folder)
+    if not (folder / SUMS).is_file():
+        return f"{folder}: not known, there is no {SUMS}; to have one, {_MEND}"
+    for number, _ in enumerate(_pieces(patches)):
         path = _file(folder, number)
-        if not path.is_file() or sha256(path) != wanted:
-            raise DataError(f"{path} is missing or damaged: it does not have the SHA-256 in {MANIFEST}; {_MEND}")
-    return f"{folder}: latents of {manifest.patches:,} patches, as they were written"
+        if not path.is_file() or sums.get(path.name) != sha256(path):
+            raise DataError(f"{path} is missing or damaged: it does not have the SHA-256 in {SUMS}; {_MEND}")
+    return f"{folder}: latents of {patches:,} patches, as they were written"
 
 
 def _manifest(folder: Path) -> LatentsManifest:
-    return LatentsManifest.parse(read_json(folder / MANIFEST, "latents manifest"), str(folder))
+    return LatentsManifest.parse(read_json(folder / MANIFEST, "latents manifest"), str(folder / MANIFEST))
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Of the files written so far; none where there is no list of them."""
+    found = read_json(folder / SUMS, "sums of latents") if (folder / SUMS).is_file() else {}
+    if not isinstance(found, dict):
+        raise DataError(f"{folder / SUMS} is damaged: it is no list of sums; {_MEND}")
+    return {str(name): str(value) for name, value in found.items()}
 
 
 def _wide(stored: Tensor) -> Tensor:
