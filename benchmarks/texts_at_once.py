@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from nextvec.hardware import DTYPES
+from nextvec.files import write_json
+from nextvec.hardware import DTYPES, environment
 from nextvec.model.calm import Calm
 from nextvec.model.token_lm import TokenLM
 from nextvec.process import keep_freed_memory
@@ -62,10 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--each", type=int, default=64, help="tokens of each text in a repeat")
+    parser.add_argument("--json", type=Path, help="file for all repeats")
     chosen = parser.parse_args(arguments)
     keep_freed_memory()
     shards = TokenShards.open(chosen.data)
     models = [load_run(run, torch.device("cpu"), DTYPES[chosen.precision]).model for run in chosen.runs]
+    found = []
     for texts in chosen.texts:
         writers = []
         for model in models:
@@ -76,11 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rates = [[writer.rate(chosen.each) for writer in writers] for _ in range(chosen.repeats)]
         middle = [statistics.median(each) for each in zip(*rates, strict=True)]
         ratios = [first / second for first, second in rates]
+        found.append({"texts": texts, "tokens_per_processor_second": rates, "ratio": statistics.median(ratios)})
         print(
             f"{texts} texts, {chosen.precision}, {torch.get_num_threads()} threads: {middle[0]:,.0f} and {middle[1]:,.0f} tokens "
             f"per processor second, {statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})",
             flush=True,
         )
+    if chosen.json is not None:
+        settings = {name: getattr(chosen, name) for name in ("prompt", "tokens", "each", "precision")}
+        write_json(chosen.json, {"machine": environment().to_dict(), **settings, "found": found})
 
 
 if __name__ == "__main__":

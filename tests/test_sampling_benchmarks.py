@@ -220,8 +220,11 @@ def test_repetition_is_told_by_penalty(demo: Path, capsys: pytest.CaptureFixture
     assert "T = 0.5, presence 0.6, frequency 0.0: " in lines[7]
 
 
-def test_several_texts_at_once_are_timed_in_turn(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_texts_at_once_are_timed_in_turn(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [str(demo / "calm"), str(demo / "baseline"), "--data", str(demo / "data" / "shards" / "valid")]
+    words += ["--json", str(tmp_path / "found.json")]
     benchmark("texts_at_once")(
         [*words, "--texts", "1", "3", "--prompt", "9", "--tokens", "6", "--repeats", "2", "--each", "8"]
     )
@@ -231,6 +234,8 @@ def test_several_texts_at_once_are_timed_in_turn(demo: Path, capsys: pytest.Capt
         calm, token = (float(part.replace(",", "")) for part in line.split(": ")[1].split(" tokens")[0].split(" and "))
         assert calm > 0
         assert token > 0
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert [(each["texts"], len(each["tokens_per_processor_second"])) for each in kept["found"]] == [(1, 2), (3, 2)]
 
 
 def test_what_an_update_of_muon_costs(capsys: pytest.CaptureFixture[str]) -> None:
